@@ -1,0 +1,20 @@
+-- The whole schema, embedded in the binary and applied by it at start-up: see database.migrate in db.go.
+-- Applied again after each change of this file, so every statement must be safe to repeat.
+
+CREATE TABLE IF NOT EXISTS tasks (
+    -- The token's sub. Opaque, compared byte for byte, hence "C". No foreign key to Better Auth's "user":
+    -- that table may not exist yet, and its id may be text, uuid or integer.
+    user_id     text COLLATE "C" NOT NULL CHECK (octet_length(user_id) BETWEEN 1 AND 512),
+    id          bigint GENERATED ALWAYS AS IDENTITY,  -- grows with every task created, never reused
+    title       text NOT NULL CHECK (char_length(title) BETWEEN 1 AND 200),
+    description text CHECK (char_length(description) <= 1000),
+    completed   boolean NOT NULL DEFAULT false,
+    created_at  timestamptz NOT NULL DEFAULT now(),
+    updated_at  timestamptz NOT NULL DEFAULT now(),   -- grows with every change: it is the task's version too
+
+    -- The user first: one index isolates, finds and, read backwards, lists newest first.
+    PRIMARY KEY (user_id, id)
+);
+
+-- The same for a list with ?completed=.
+CREATE INDEX IF NOT EXISTS tasks_user_id_completed_id_idx ON tasks (user_id, completed, id);

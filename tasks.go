@@ -1,0 +1,380 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"math"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	"github.com/jackc/pgx/v5"
+)
+
+const (
+	maxTitle       = 200  // characters; schema.sql holds to the same
+	maxDescription = 1000 // characters
+	defaultLimit   = 50   // tasks on a page
+	maxLimit       = 100
+)
+
+// A task as the client sees it.
+type task struct {
+	ID          int64     `json:"id"`
+	UserID      string    `json:"user_id"`
+	Title       string    `json:"title"`
+	Description *string   `json:"description"`
+	Completed   bool      `json:"completed"`
+	CreatedAt   time.Time `json:"created_at"`
+	UpdatedAt   time.Time `json:"updated_at"`
+}
+
+// etag is the task's version: no two updates of a task share a microsecond.
+func (t task) etag() string { return fmt.Sprintf(`"%d"`, t.UpdatedAt.UnixMicro()) }
+
+// columns are those of a task, in the order of its fields.
+const columns = `id, user_id, title, description, completed, created_at, updated_at`
+
+func (t *task) fields() []any {
+	return []any{&t.ID, &t.UserID, &t.Title, &t.Description, &t.Completed, &t.CreatedAt, &t.UpdatedAt}
+}
+
+func scanTask(row pgx.CollectableRow) (t task, err error) {
+	return t, row.Scan(t.fields()...)
+}
+
+// one returns the only row of a statement that finds one task or none: somebody
+// else's is none.
+func one[T any](found []T, err error) (T, error) {
+	if err == nil && len(found) == 0 {
+		err = errNoTask
+	}
+	if err != nil {
+		var none T
+		return none, err
+	}
+	return found[0], nil
+}
+
+func writeTask(w http.ResponseWriter, status int, t task) error {
+	w.Header().Set("ETag", t.etag())
+	return writeJSON(w, status, t)
+}
+
+// taskID returns the id in the path. One that no task can have is no task.
+func taskID(r *http.Request) (int64, error) {
+	id, err := strconv.ParseUint(r.PathValue("id"), 10, 63)
+	if err != nil || id == 0 {
+		return 0, errNoTask
+	}
+	return int64(id), nil
+}
+
+// A change is what a request body asks for. What is nil stays as it is.
+type change struct {
+	title       *string
+	describe    bool // description is given: nil clears it
+	description *string
+	completed   *bool
+	toggle      bool // completed is turned over
+}
+
+// readChange reads a change from a request's body.
+func readChange(w http.ResponseWriter, r *http.Request) (change, error) {
+	body, err := readBody(w, r)
+	if err != nil {
+		return change{}, err
+	}
+	members, err := parseObject(body)
+	if err != nil {
+		return change{}, err
+	}
+	return parseChange(members)
+}
+
+// parseChange reads the members of a body that a client may set, and holds
+// them to their rules. All others are ignored: clients post whole tasks back.
+func parseChange(members map[string]json.RawMessage) (change, error) {
+	var c change
+	var err error
+	if raw, ok := members["title"]; ok {
+		if c.title, err = parseText("title", raw, maxTitle); err != nil {
+			return c, err
+		}
+		if strings.TrimSpace(*c.title) == "" {
+			return c, invalid("title must not be blank")
+		}
+	}
+	if raw, ok := members["description"]; ok {
+		c.describe = true
+		if string(raw) != "null" {
+			if c.description, err = parseText("description", raw, maxDescription); err != nil {
+				return c, err
+			}
+		}
+	}
+	if raw, ok := members["completed"]; ok {
+		if json.Unmarshal(raw, &c.completed) != nil || c.completed == nil {
+			return c, invalid("completed must be true or false")
+		}
+	}
+	return c, nil
+}
+
+// parseText reads a JSON string of at most limit characters.
+func parseText(name string, raw json.RawMessage, limit int) (*string, error) {
+	var text *string
+	switch {
+	case json.Unmarshal(raw, &text) != nil || text == nil:
+		return nil, invalid("%s must be a string", name)
+	case strings.ContainsRune(*text, 0):
+		return nil, invalid("%s must not contain U+0000", name)
+	case utf8.RuneCountInString(*text) > limit:
+		return nil, invalid("%s must not exceed %d characters", name, limit)
+	}
+	return text, nil
+}
+
+func (s *server) createTask(ctx context.Context, w http.ResponseWriter, r *http.Request, user string) error {
+	c, err := readChange(w, r)
+	if err != nil {
+		return err
+	}
+	if c.title == nil {
+		return invalid("title is required")
+	}
+	t, err := s.db.insertTask(ctx, user, c)
+	if err != nil {
+		return fmt.Errorf("create task: %w", err)
+	}
+	w.Header().Set("Location", fmt.Sprintf("%s/%d", r.URL.EscapedPath(), t.ID))
+	return writeTask(w, http.StatusCreated, t)
+}
+
+func (d *database) insertTask(ctx context.Context, user string, c change) (task, error) {
+	return one(query(ctx, d, false, scanTask, `
+		INSERT INTO tasks (user_id, title, description, completed)
+		VALUES (@user, @title, @description, COALESCE(@completed::boolean, false))
+		RETURNING `+columns,
+		pgx.StrictNamedArgs{"user": user, "title": c.title, "description": c.description, "completed": c.completed}))
+}
+
+// A page is what the query string of a list asks for.
+type page struct {
+	completed             *bool
+	limit, offset, before int64 // before: tasks with smaller ids, the cursor
+	total                 bool
+}
+
+func parsePage(q url.Values) (page, error) {
+	p := page{limit: defaultLimit, before: math.MaxInt64}
+	for _, number := range []struct {
+		name     string
+		min, max uint64
+		value    *int64
+	}{
+		{"limit", 1, maxLimit, &p.limit},
+		{"offset", 0, math.MaxInt64, &p.offset},
+		{"before", 1, math.MaxInt64, &p.before},
+	} {
+		if !q.Has(number.name) {
+			continue
+		}
+		n, err := strconv.ParseUint(q.Get(number.name), 10, 63)
+		if err != nil || n < number.min || n > number.max || len(q[number.name]) > 1 {
+			return p, invalid("%s must be one whole number from %d to %d", number.name, number.min, number.max)
+		}
+		*number.value = int64(n)
+	}
+	for _, name := range []string{"completed", "total"} {
+		if !q.Has(name) {
+			continue
+		}
+		yes := q.Get(name) == "true"
+		if !yes && q.Get(name) != "false" || len(q[name]) > 1 {
+			return p, invalid("%s must be true or false", name)
+		}
+		if name == "total" {
+			p.total = yes
+		} else {
+			p.completed = &yes
+		}
+	}
+	if q.Has("before") && q.Has("offset") {
+		return p, invalid("before and offset exclude each other: a page begins at one of them")
+	}
+	return p, nil
+}
+
+func (s *server) listTasks(ctx context.Context, w http.ResponseWriter, r *http.Request, user string) error {
+	q, err := url.ParseQuery(r.URL.RawQuery)
+	if err != nil {
+		return invalid("the query string is malformed: percent-encode what is not a letter or a digit")
+	}
+	p, err := parsePage(q)
+	if err != nil {
+		return err
+	}
+	tasks, total, err := s.db.listTasks(ctx, user, p)
+	if err != nil {
+		return fmt.Errorf("list tasks: %w", err)
+	}
+	if p.total {
+		w.Header().Set("X-Total-Count", strconv.FormatInt(total, 10))
+	}
+	if len(tasks) > int(p.limit) {
+		tasks = tasks[:p.limit]
+		q.Del("offset")
+		q.Set("before", strconv.FormatInt(tasks[p.limit-1].ID, 10))
+		w.Header().Set("Link", fmt.Sprintf(`<%s?%s>; rel="next"`, r.URL.EscapedPath(), q.Encode()))
+	}
+	return writeJSON(w, http.StatusOK, tasks)
+}
+
+const (
+	// A condition on an argument is settled before the statement is planned: each list is one scan of one index.
+	ofUser = `user_id = @user AND (@completed::boolean IS NULL OR completed = @completed)`
+
+	listSQL = `
+		SELECT ` + columns + `
+		FROM tasks
+		WHERE ` + ofUser + ` AND id < @before
+		ORDER BY id DESC
+		LIMIT @limit OFFSET @offset`
+
+	// The count keeps its row where the page is empty, and a nested loop, the only join there is
+	// without a condition, keeps the page's order.
+	listTotalSQL = `
+		SELECT ` + columns + `, total
+		FROM (SELECT count(*) AS total FROM tasks WHERE ` + ofUser + `) AS counted
+		LEFT JOIN (` + listSQL + `) AS page ON TRUE`
+)
+
+// listTasks returns the tasks of a page and, if there are more, the first of
+// the next one. The total is 0 unless the page asks for it.
+func (d *database) listTasks(ctx context.Context, user string, p page) (tasks []task, total int64, err error) {
+	args := pgx.StrictNamedArgs{"user": user, "completed": p.completed, "before": p.before, "limit": p.limit + 1, "offset": p.offset}
+	if !p.total {
+		tasks, err = query(ctx, d, true, scanTask, listSQL, args)
+		return tasks, 0, err
+	}
+	tasks, err = query(ctx, d, true, func(row pgx.CollectableRow) (t task, err error) {
+		fields := t.fields()
+		if row.RawValues()[0] == nil { // no task on the page: the total alone
+			clear(fields)
+		}
+		return t, row.Scan(append(fields, &total)...)
+	}, listTotalSQL, args)
+	if len(tasks) == 1 && tasks[0].ID == 0 {
+		tasks = tasks[:0]
+	}
+	return tasks, total, err
+}
+
+func (s *server) getTask(ctx context.Context, w http.ResponseWriter, r *http.Request, user string) error {
+	id, err := taskID(r)
+	if err != nil {
+		return err
+	}
+	t, err := s.db.getTask(ctx, user, id)
+	if err != nil {
+		return fmt.Errorf("get task: %w", err)
+	}
+	return writeTask(w, http.StatusOK, t)
+}
+
+func (d *database) getTask(ctx context.Context, user string, id int64) (task, error) {
+	return one(query(ctx, d, true, scanTask, `
+		SELECT `+columns+`
+		FROM tasks
+		WHERE user_id = @user AND id = @id`,
+		pgx.StrictNamedArgs{"user": user, "id": id}))
+}
+
+func (s *server) updateTask(ctx context.Context, w http.ResponseWriter, r *http.Request, user string) error {
+	id, err := taskID(r)
+	if err != nil {
+		return err
+	}
+	c, err := readChange(w, r)
+	if err != nil {
+		return err
+	}
+	t, err := s.db.updateTask(ctx, user, id, c)
+	if err != nil {
+		return fmt.Errorf("update task: %w", err)
+	}
+	return writeTask(w, http.StatusOK, t)
+}
+
+// updateTask makes the change in the statement itself, so that none of several
+// at once is lost, and moves updated_at on even where the clock has not moved
+// or goes back.
+func (d *database) updateTask(ctx context.Context, user string, id int64, c change) (task, error) {
+	return one(query(ctx, d, false, scanTask, `
+		UPDATE tasks
+		SET title = COALESCE(@title, title),
+		    description = CASE WHEN @describe::boolean THEN @description ELSE description END,
+		    completed = COALESCE(@completed, completed <> @toggle),
+		    updated_at = GREATEST(clock_timestamp(), updated_at + interval '1 microsecond')
+		WHERE user_id = @user AND id = @id
+		RETURNING `+columns,
+		pgx.StrictNamedArgs{"user": user, "id": id, "title": c.title, "describe": c.describe,
+			"description": c.description, "completed": c.completed, "toggle": c.toggle}))
+}
+
+// completeTask sets completed as the body says, or turns it over where the
+// body is empty or does not say.
+func (s *server) completeTask(ctx context.Context, w http.ResponseWriter, r *http.Request, user string) error {
+	id, err := taskID(r)
+	if err != nil {
+		return err
+	}
+	body, err := readBody(w, r)
+	if err != nil {
+		return err
+	}
+	var members map[string]json.RawMessage
+	if len(body) > 0 {
+		if members, err = parseObject(body); err != nil {
+			return err
+		}
+	}
+	delete(members, "title")
+	delete(members, "description")
+	c, err := parseChange(members)
+	if err != nil {
+		return err
+	}
+	c.toggle = c.completed == nil
+	t, err := s.db.updateTask(ctx, user, id, c)
+	if err != nil {
+		return fmt.Errorf("complete task: %w", err)
+	}
+	return writeTask(w, http.StatusOK, t)
+}
+
+func (s *server) deleteTask(ctx context.Context, w http.ResponseWriter, r *http.Request, user string) error {
+	id, err := taskID(r)
+	if err != nil {
+		return err
+	}
+	if err := s.db.deleteTask(ctx, user, id); err != nil {
+		return fmt.Errorf("delete task: %w", err)
+	}
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+func (d *database) deleteTask(ctx context.Context, user string, id int64) error {
+	_, err := one(query(ctx, d, false, pgx.RowTo[int64], `
+		DELETE FROM tasks
+		WHERE user_id = @user AND id = @id
+		RETURNING id`,
+		pgx.StrictNamedArgs{"user": user, "id": id}))
+	return err
+}
