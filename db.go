@@ -253,19 +253,20 @@ func (d *database) acquire(ctx context.Context) (*pgxpool.Conn, error) {
 	case <-ctx.Done():
 		return nil, fmt.Errorf("wait for the schema: %w", ctx.Err())
 	}
-	patience, cancel := context.WithTimeout(ctx, poolPatience)
-	defer cancel()
+	start := time.Now()
 	select {
 	case d.slots <- struct{}{}:
-	case <-patience.Done():
-		return nil, fmt.Errorf("all %d connections are busy: %w", maxConns, patience.Err())
+	case <-time.After(poolPatience):
+		return nil, fmt.Errorf("all %d connections were busy for %v", maxConns, poolPatience)
+	case <-ctx.Done():
+		return nil, fmt.Errorf("wait for a connection: %w", ctx.Err())
 	}
 	for try := 0; ; try++ {
 		conn, err := d.pool.Acquire(ctx)
 		if err == nil {
 			return conn, nil
 		}
-		if !pause(patience, try) {
+		if time.Since(start) > poolPatience || !pause(ctx, try) {
 			<-d.slots
 			return nil, err
 		}

@@ -412,16 +412,15 @@ func writeError(w http.ResponseWriter, err error) {
 // writeJSON answers with v. It cannot fail but on a type that JSON does not
 // have, or a client that is gone.
 func writeJSON(w http.ResponseWriter, status int, v any) error {
-	var body bytes.Buffer
-	encoder := json.NewEncoder(&body)
-	encoder.SetEscapeHTML(false)
-	if err := encoder.Encode(v); err != nil {
+	body, err := json.Marshal(v)
+	if err != nil {
 		return err
 	}
+	body = append(body, '\n')
 	w.Header().Set("Content-Type", "application/json")
-	w.Header().Set("Content-Length", strconv.Itoa(body.Len()))
+	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
 	w.WriteHeader(status)
-	w.Write(body.Bytes())
+	w.Write(body)
 	return nil
 }
 

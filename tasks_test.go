@@ -30,6 +30,8 @@ var (
 )
 
 func TestMain(m *testing.M) {
+	if os.Getenv("TODO_APP_TEST_RUNS") == "main" { main(); return }
+	if os.Getenv("TODO_APP_TEST_RUNS") == "bare" { serveBare(); return }
 	if os.Getenv("TODO_APP_TEST_RUNS_MAIN") != "" { // the test binary is the service: see startProcess
 		main()
 		return

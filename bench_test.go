@@ -1,0 +1,152 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"strconv"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// serveBare is what the service is measured against: net/http and pgx alone,
+// which run the same two queries for whoever asks, without token, validation
+// or log.
+func serveBare() {
+	db, err := openDatabase(os.Getenv("DATABASE_URL"))
+	if err != nil {
+		panic(err)
+	}
+	answer := func(w http.ResponseWriter, r *http.Request, sql string, args ...any) []wireTask {
+		rows, err := db.pool.Query(r.Context(), sql, args...)
+		if err != nil {
+			panic(err)
+		}
+		tasks, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (t wireTask, err error) {
+			return t, row.Scan(&t.ID, &t.UserID, &t.Title, &t.Description, &t.Completed, &t.CreatedAt, &t.UpdatedAt)
+		})
+		if err != nil {
+			panic(err)
+		}
+		w.Header().Set("Content-Type", "application/json")
+		return tasks
+	}
+	http.HandleFunc("GET /api/{user}/tasks", func(w http.ResponseWriter, r *http.Request) {
+		tasks := answer(w, r, `SELECT id, user_id, title, description, completed, created_at, updated_at
+			FROM tasks WHERE user_id = $1 AND ($2::boolean IS NULL OR completed = $2) AND id < $3 ORDER BY id DESC LIMIT $4 OFFSET $5`,
+			r.PathValue("user"), (*bool)(nil), int64(1)<<62, 51, 0)
+		json.NewEncoder(w).Encode(tasks[:50])
+	})
+	http.HandleFunc("GET /api/{user}/tasks/{id}", func(w http.ResponseWriter, r *http.Request) {
+		id, _ := strconv.ParseInt(r.PathValue("id"), 10, 64)
+		tasks := answer(w, r, `SELECT id, user_id, title, description, completed, created_at, updated_at
+			FROM tasks WHERE user_id = $1 AND id = $2`, r.PathValue("user"), id)
+		json.NewEncoder(w).Encode(tasks[0])
+	})
+	http.HandleFunc("GET /health/live", func(http.ResponseWriter, *http.Request) {})
+	panic(http.ListenAndServe("127.0.0.1:"+os.Getenv("PORT"), nil))
+}
+
+// BenchmarkBesideBare runs the service and the bare handler in turn, as two
+// processes, and reports the service's requests a second and processor time a
+// request as parts of the bare handler's.
+func BenchmarkBesideBare(b *testing.B) {
+	c := newClient(b)
+	var id int64
+	for i := range 60 {
+		id = c.create(fmt.Sprintf("Task %d of the benchmark", i)).ID
+	}
+	for _, request := range []struct{ name, path string }{{"list50", ""}, {"get", fmt.Sprintf("/%d", id)}} {
+		b.Run(request.name, func(b *testing.B) {
+			sides := [2]*measured{startMeasured(b, "main", c), startMeasured(b, "bare", c)}
+			for b.Loop() {
+				for _, side := range sides {
+					side.load(b, "/api/"+c.user+"/tasks"+request.path, 2000)
+				}
+			}
+			for _, side := range sides {
+				side.stop(b)
+			}
+			service, bare := sides[0], sides[1]
+			b.ReportMetric(bare.wall.Seconds()/service.wall.Seconds(), "requests/s-ratio")
+			b.ReportMetric(service.cpu.Seconds()/bare.cpu.Seconds(), "cpu/request-ratio")
+			b.ReportMetric(0, "ns/op")
+		})
+	}
+}
+
+// A measured is a service in a process of its own.
+type measured struct {
+	cmd           *exec.Cmd
+	url           string
+	authorization string
+	wall, cpu     time.Duration
+}
+
+func startMeasured(b *testing.B, which string, c *client) *measured {
+	b.Helper()
+	port := freePort(b)
+	m := &measured{cmd: exec.Command(os.Args[0]), url: "http://127.0.0.1:" + port, authorization: c.authorization}
+	m.cmd.Env = append(os.Environ(), "TODO_APP_TEST_RUNS="+which, "PORT="+port, "BETTER_AUTH_SECRET="+testSecret)
+	if err := m.cmd.Start(); err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { m.cmd.Process.Kill() })
+	for {
+		if res, err := http.Get(m.url + "/health/live"); err == nil {
+			res.Body.Close()
+			break
+		}
+	}
+	m.load(b, "/api/"+c.user+"/tasks", 200)
+	m.wall = 0
+	return m
+}
+
+// load sends n requests from 16 clients and adds up the time they took.
+func (m *measured) load(b *testing.B, path string, n int) {
+	const clients = 16
+	transport := &http.Transport{MaxIdleConnsPerHost: clients}
+	defer transport.CloseIdleConnections()
+	start := time.Now()
+	var wg sync.WaitGroup
+	for range clients {
+		wg.Go(func() {
+			c := &client{t: b, http: &http.Client{Transport: transport}, service: m.url, authorization: m.authorization}
+			for range n / clients {
+				if a, err := c.try("GET", path, ""); err != nil || a.status != 200 {
+					b.Errorf("%s = %d %s %v", path, a.status, a.body, err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	m.wall += time.Since(start)
+}
+
+func (m *measured) stop(b *testing.B) {
+	m.cmd.Process.Signal(syscall.SIGKILL)
+	m.cmd.Wait()
+	m.cpu = m.cmd.ProcessState.UserTime() + m.cmd.ProcessState.SystemTime()
+}
+
+var _ = context.Background
+
+func freePort(t testing.TB) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	_, port, _ := net.SplitHostPort(l.Addr().String())
+	return port
+}
