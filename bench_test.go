@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"encoding/json"
 	"fmt"
 	"net"
@@ -137,8 +136,6 @@ func (m *measured) stop(b *testing.B) {
 	m.cmd.Wait()
 	m.cpu = m.cmd.ProcessState.UserTime() + m.cmd.ProcessState.SystemTime()
 }
-
-var _ = context.Background
 
 func freePort(t testing.TB) string {
 	t.Helper()

@@ -206,15 +206,14 @@ func (d *database) migrate(ctx context.Context) error {
 var errForeignTable = errors.New("the database has a table tasks that todo-app did not make; it is left alone: rename it, or give todo-app a database of its own")
 
 // query runs one statement, in one round trip, and returns its rows. Its error
-// is errUnavailable where the database was not reached, had no capacity or
-// gave up, so that nothing has changed; errUnknown where a statement that is
-// not repeatable was sent and no answer came, so that it may have run; or else
-// the fault of the statement itself.
+// is errUnavailable where nothing has changed, for the database was not
+// reached, had no capacity or gave up; errNoAnswer where the statement was sent
+// and no answer came, so that it may have run; or else its own fault.
 //
-// A lost connection is not lost on a repeatable statement: it is sent once
-// more. Which errors mean "lost" is not read from their kind: pgconn.SafeToRetry
-// says yes to statements that ran, and Neon's proxy reports its own failures as
-// XX000. What counts is that pgx has closed the connection.
+// A repeatable statement is sent once more when the connection is lost. Which
+// errors mean "lost" is not read from their kind: pgconn.SafeToRetry says yes
+// to statements that ran, and Neon's proxy reports its own failures as XX000.
+// What counts is that pgx has closed the connection.
 func query[T any](ctx context.Context, d *database, repeatable bool, scan pgx.RowToFunc[T], sql string, args ...any) ([]T, error) {
 	for attempt := 1; ; attempt++ {
 		conn, err := d.acquire(ctx)
@@ -233,9 +232,9 @@ func query[T any](ctx context.Context, d *database, repeatable bool, scan pgx.Ro
 			return found, nil
 		case lost && repeatable && attempt == 1 && ctx.Err() == nil:
 			continue
-		case lost && !repeatable:
-			return nil, fmt.Errorf("%w: %w", errUnknown, err)
-		case lost || transient(err):
+		case lost:
+			return nil, fmt.Errorf("%w: %w", errNoAnswer, err)
+		case transient(err):
 			return nil, fmt.Errorf("%w: %w", errUnavailable, err)
 		default:
 			return nil, err

@@ -16,6 +16,7 @@ import (
 	"mime"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"os/signal"
 	"runtime/debug"
@@ -89,6 +90,10 @@ func serve(ctx context.Context, auth *authenticator, getenv func(string) string,
 	if err != nil {
 		return err
 	}
+	origins, err := corsOrigins(getenv("CORS_ORIGINS"))
+	if err != nil {
+		return err
+	}
 	config, err := poolConfig(getenv("DATABASE_URL"))
 	if err != nil {
 		return err
@@ -104,7 +109,7 @@ func serve(ctx context.Context, auth *authenticator, getenv func(string) string,
 	work, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	httpServer := &http.Server{
-		Handler:           newServer(work, auth, db, log, getenv("GOOGLE_CLOUD_PROJECT")),
+		Handler:           newServer(work, auth, db, log, origins, getenv("GOOGLE_CLOUD_PROJECT")),
 		ReadHeaderTimeout: headerTimeout,
 		ReadTimeout:       readTimeout,
 		WriteTimeout:      writeTimeout,
@@ -157,6 +162,22 @@ func portNumber(name, value, unset string) (string, error) {
 	return value, nil
 }
 
+// corsOrigins splits the setting CORS_ORIGINS into origins as browsers send them.
+func corsOrigins(list string) ([]string, error) {
+	if list == "" {
+		return nil, nil
+	}
+	origins := strings.Split(list, ",")
+	for i, origin := range origins {
+		origins[i] = strings.TrimSpace(origin)
+		u, err := url.Parse(origins[i])
+		if err != nil || u.Scheme == "" || u.Host == "" || strings.ToLower(u.Scheme+"://"+u.Host) != origins[i] || strings.Contains(u.Host, "*") {
+			return nil, errors.New("CORS_ORIGINS must list origins like https://app.example.com, separated by commas: no *, no path, no slash at the end, lower case")
+		}
+	}
+	return origins, nil
+}
+
 func logLevel(value string) (slog.Level, error) {
 	levels := map[string]slog.Level{
 		"": slog.LevelInfo, "debug": slog.LevelDebug, "info": slog.LevelInfo, "warn": slog.LevelWarn, "error": slog.LevelError,
@@ -194,12 +215,13 @@ type server struct {
 	auth    *authenticator
 	db      *database
 	log     *slog.Logger
-	project string // Google Cloud's, or ""
+	origins []string // whose pages may call, CORS_ORIGINS
+	project string   // GOOGLE_CLOUD_PROJECT
 	mux     *http.ServeMux
 }
 
-func newServer(work context.Context, auth *authenticator, db *database, log *slog.Logger, project string) *server {
-	s := &server{work: work, auth: auth, db: db, log: log, project: project, mux: http.NewServeMux()}
+func newServer(work context.Context, auth *authenticator, db *database, log *slog.Logger, origins []string, project string) *server {
+	s := &server{work: work, auth: auth, db: db, log: log, origins: origins, project: project, mux: http.NewServeMux()}
 	allowed := map[string][]string{}
 	for pattern, e := range s.routes() {
 		method, path, _ := strings.Cut(pattern, " ")
@@ -288,7 +310,9 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	if strings.HasPrefix(r.URL.Path, "/api/") {
 		w.Header().Set("Cache-Control", "no-store")
 	}
-	s.mux.ServeHTTP(w, r)
+	if !s.cors(w, r) {
+		s.mux.ServeHTTP(w, r)
+	}
 
 	level := slog.LevelInfo
 	switch {
@@ -318,6 +342,31 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 		attrs = append(attrs, slog.String("logging.googleapis.com/trace", trace))
 	}
 	s.log.LogAttrs(context.Background(), level, "request", attrs...)
+}
+
+// cors lets the pages of the listed origins call, and answers their preflight
+// requests, which carry no token.
+func (s *server) cors(w http.ResponseWriter, r *http.Request) (preflight bool) {
+	if len(s.origins) == 0 {
+		return false
+	}
+	h := w.Header()
+	h.Set("Vary", "Origin")
+	origin := r.Header.Get("Origin")
+	if !slices.Contains(s.origins, origin) {
+		return false
+	}
+	h.Set("Access-Control-Allow-Origin", origin)
+	h.Set("Access-Control-Allow-Credentials", "true")
+	h.Set("Access-Control-Expose-Headers", "ETag, Link, Location, X-Total-Count, X-Request-Id, Retry-After, Idempotency-Replayed, WWW-Authenticate")
+	if r.Method != http.MethodOptions {
+		return false
+	}
+	h.Set("Access-Control-Allow-Methods", "GET, POST, PUT, PATCH, DELETE")
+	h.Set("Access-Control-Allow-Headers", "Authorization, Content-Type, If-Match, If-None-Match, Idempotency-Key, X-Request-Id")
+	h.Set("Access-Control-Max-Age", "7200") // seconds; Chromium takes no more
+	w.WriteHeader(http.StatusNoContent)
+	return true
 }
 
 // saneID reports whether a client's request id may go into the log and back.
@@ -377,12 +426,14 @@ var (
 	errNoTask    = refusal{404, "There is no such task."}
 	errMethod    = refusal{405, "This path does not take this method: the Allow header lists those it takes."}
 	errSlowBody  = refusal{408, "The request body did not arrive in time."}
+	errChanged   = refusal{412, "The task is not the version that If-Match names: get it again and decide anew."}
 	errLargeBody = refusal{413, fmt.Sprintf("The request body must not exceed %d bytes.", maxBody)}
 	errNotJSON   = refusal{415, "The request body must be JSON: send Content-Type: application/json."}
+	errKeyReused = refusal{422, "This Idempotency-Key was used for another task: send a new key with a new body."}
 
 	errInternal    = refusal{500, "Something went wrong on our side: report it with the X-Request-Id of this answer."}
 	errUnavailable = refusal{503, "The database cannot be reached or is waking up, and nothing was changed: try again in a moment."}
-	errUnknown     = refusal{503, "The database did not answer in time: the change may have been made or not."}
+	errNoAnswer    = refusal{503, "The database did not answer in time, and a change may have been made or not: it is safe to repeat with the same Idempotency-Key or If-Match."}
 )
 
 // invalid refuses a value, named together with its rule.
@@ -403,7 +454,7 @@ func writeError(w http.ResponseWriter, err error) {
 		w.Header().Set("WWW-Authenticate", `Bearer error="invalid_token"`) // RFC 6750, 3.1
 	case errCutBody, errSlowBody, errLargeBody:
 		w.Header().Set("Connection", "close") // what is left of the body is not read
-	case errUnavailable, errUnknown:
+	case errUnavailable, errNoAnswer:
 		w.Header().Set("Retry-After", "1") // seconds; Neon wakes in less
 	}
 	writeJSON(w, answer.status, map[string]string{"detail": answer.detail})

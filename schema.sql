@@ -12,9 +12,17 @@ CREATE TABLE IF NOT EXISTS tasks (
     created_at  timestamptz NOT NULL DEFAULT now(),
     updated_at  timestamptz NOT NULL DEFAULT now(),   -- grows with every change: it is the task's version too
 
+    -- Of the request that created the task, where it had an Idempotency-Key; the hash tells another body.
+    idempotency_key text COLLATE "C" CHECK (octet_length(idempotency_key) BETWEEN 1 AND 255),
+    request_hash    bytea,
+
     -- The user first: one index isolates, finds and, read backwards, lists newest first.
     PRIMARY KEY (user_id, id)
 );
 
 -- The same for a list with ?completed=.
 CREATE INDEX IF NOT EXISTS tasks_user_id_completed_id_idx ON tasks (user_id, completed, id);
+
+-- One task for a key of a user, whichever instance asks first. Keyless tasks take no room in it.
+CREATE UNIQUE INDEX IF NOT EXISTS tasks_user_id_idempotency_key_idx ON tasks (user_id, idempotency_key)
+    WHERE idempotency_key IS NOT NULL;

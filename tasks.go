@@ -2,11 +2,13 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"fmt"
 	"math"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -20,6 +22,7 @@ const (
 	maxDescription = 1000 // characters
 	defaultLimit   = 50   // tasks on a page
 	maxLimit       = 100
+	maxKey         = 255 // bytes of an Idempotency-Key
 )
 
 // A task as the client sees it.
@@ -43,6 +46,33 @@ func (i instant) MarshalText() ([]byte, error) {
 
 // etag is the task's version: no two updates of a task share a microsecond.
 func (t task) etag() string { return fmt.Sprintf(`"%d"`, time.Time(t.UpdatedAt).UnixMicro()) }
+
+// tags splits the entity tags of an If-Match or If-None-Match header.
+func tags(header []string) []string {
+	list := strings.Split(strings.Join(header, ","), ",") // no tag of ours has a comma in it
+	for i := range list {
+		list[i] = strings.TrimSpace(list[i])
+	}
+	return list
+}
+
+// ifMatch returns the versions under which a change may be made, nil for any.
+// What is no tag of ours, a weak one included, matches none.
+func ifMatch(r *http.Request) []time.Time {
+	header := r.Header["If-Match"]
+	if header == nil || slices.Contains(tags(header), "*") {
+		return nil
+	}
+	versions := []time.Time{}
+	for _, tag := range tags(header) {
+		micro, _ := strconv.ParseInt(strings.Trim(tag, `"`), 10, 64)
+		version := time.UnixMicro(micro)
+		if (task{UpdatedAt: instant(version)}).etag() == tag && version.Year() < 10000 {
+			versions = append(versions, version)
+		}
+	}
+	return versions
+}
 
 // columns are those of a task, in the order of its fields.
 const columns = `id, user_id, title, description, completed, created_at, updated_at`
@@ -155,20 +185,70 @@ func (s *server) createTask(ctx context.Context, w http.ResponseWriter, r *http.
 	if c.title == nil {
 		return invalid("title is required")
 	}
-	t, err := s.db.insertTask(ctx, user, c)
+	key, err := idempotencyKey(r)
+	if err != nil {
+		return err
+	}
+	t, replayed, err := s.db.insertTask(ctx, user, c, key)
 	if err != nil {
 		return fmt.Errorf("create task: %w", err)
+	}
+	if replayed {
+		w.Header().Set("Idempotency-Replayed", "true")
 	}
 	w.Header().Set("Location", fmt.Sprintf("%s/%d", r.URL.EscapedPath(), t.ID))
 	return writeTask(w, http.StatusCreated, t)
 }
 
-func (d *database) insertTask(ctx context.Context, user string, c change) (task, error) {
-	return one(query(ctx, d, false, scanTask, `
-		INSERT INTO tasks (user_id, title, description, completed)
-		VALUES (@user, @title, @description, COALESCE(@completed::boolean, false))
-		RETURNING `+columns,
-		pgx.StrictNamedArgs{"user": user, "title": c.title, "description": c.description, "completed": c.completed}))
+// idempotencyKey returns the key under which a create is repeated, or nil.
+func idempotencyKey(r *http.Request) (*string, error) {
+	keys := r.Header["Idempotency-Key"]
+	if keys == nil {
+		return nil, nil
+	}
+	notVisible := func(c rune) bool { return c <= ' ' || c > '~' }
+	if len(keys) > 1 || keys[0] == "" || len(keys[0]) > maxKey || strings.ContainsFunc(keys[0], notVisible) {
+		return nil, invalid("Idempotency-Key must be 1 to %d visible ASCII characters", maxKey)
+	}
+	return &keys[0], nil
+}
+
+// insertTask creates a task, once for a key. It returns the task that the key
+// already made, as it is now, with true, and errKeyReused if that came of
+// another request.
+func (d *database) insertTask(ctx context.Context, user string, c change, key *string) (task, bool, error) {
+	type created struct {
+		task
+		replayed, same bool
+	}
+	if c.completed == nil {
+		c.completed = new(false)
+	}
+	var hash []byte
+	if key != nil {
+		request, err := json.Marshal([]any{c.title, c.description, c.completed})
+		if err != nil {
+			return task{}, false, err
+		}
+		sum := sha256.Sum256(request)
+		hash = sum[:]
+	}
+	// DO UPDATE, though it changes nothing: DO NOTHING would return no row, and the statement's snapshot lacks the
+	// row of a request that ran beside it. Only a row that was there before has an xmax.
+	made, err := one(query(ctx, d, key != nil, func(row pgx.CollectableRow) (made created, err error) {
+		return made, row.Scan(append(made.fields(), &made.replayed, &made.same)...)
+	}, `
+		INSERT INTO tasks (user_id, title, description, completed, idempotency_key, request_hash)
+		VALUES (@user, @title, @description, @completed, @key, @hash)
+		ON CONFLICT (user_id, idempotency_key) WHERE idempotency_key IS NOT NULL
+		DO UPDATE SET idempotency_key = tasks.idempotency_key
+		RETURNING `+columns+`, xmax <> 0, request_hash IS NOT DISTINCT FROM @hash`,
+		pgx.StrictNamedArgs{"user": user, "title": c.title, "description": c.description,
+			"completed": c.completed, "key": key, "hash": hash}))
+	if err == nil && !made.same {
+		err = errKeyReused
+	}
+	return made.task, made.replayed, err
 }
 
 // A page is what the query string of a list asks for.
@@ -292,6 +372,13 @@ func (s *server) getTask(ctx context.Context, w http.ResponseWriter, r *http.Req
 	if err != nil {
 		return fmt.Errorf("get task: %w", err)
 	}
+	if slices.ContainsFunc(tags(r.Header["If-None-Match"]), func(tag string) bool {
+		return tag == "*" || strings.TrimPrefix(tag, "W/") == t.etag() // RFC 9110, 13.1.2: the comparison is weak
+	}) {
+		w.Header().Set("ETag", t.etag())
+		w.WriteHeader(http.StatusNotModified)
+		return nil
+	}
 	return writeTask(w, http.StatusOK, t)
 }
 
@@ -312,7 +399,7 @@ func (s *server) updateTask(ctx context.Context, w http.ResponseWriter, r *http.
 	if err != nil {
 		return err
 	}
-	t, err := s.db.updateTask(ctx, user, id, c)
+	t, err := s.db.updateTask(ctx, user, id, ifMatch(r), c)
 	if err != nil {
 		return fmt.Errorf("update task: %w", err)
 	}
@@ -322,17 +409,44 @@ func (s *server) updateTask(ctx context.Context, w http.ResponseWriter, r *http.
 // updateTask makes the change in the statement itself, so that none of several
 // at once is lost, and moves updated_at on even where the clock has not moved
 // or goes back.
-func (d *database) updateTask(ctx context.Context, user string, id int64, c change) (task, error) {
-	return one(query(ctx, d, false, scanTask, `
+func (d *database) updateTask(ctx context.Context, user string, id int64, match []time.Time, c change) (task, error) {
+	return d.changeTask(ctx, user, id, match, `
 		UPDATE tasks
 		SET title = COALESCE(@title, title),
 		    description = CASE WHEN @describe::boolean THEN @description ELSE description END,
 		    completed = COALESCE(@completed, completed <> @toggle),
-		    updated_at = GREATEST(clock_timestamp(), updated_at + interval '1 microsecond')
-		WHERE user_id = @user AND id = @id
-		RETURNING `+columns,
-		pgx.StrictNamedArgs{"user": user, "id": id, "title": c.title, "describe": c.describe,
-			"description": c.description, "completed": c.completed, "toggle": c.toggle}))
+		    updated_at = GREATEST(clock_timestamp(), updated_at + interval '1 microsecond')`,
+		pgx.StrictNamedArgs{"title": c.title, "describe": c.describe, "description": c.description,
+			"completed": c.completed, "toggle": c.toggle})
+}
+
+// changeTask runs an UPDATE or DELETE of the user's task if it is of one of
+// the versions in match, nil for any, and returns the task. In the same
+// statement it learns why nothing was changed: errNoTask or errChanged.
+func (d *database) changeTask(ctx context.Context, user string, id int64, match []time.Time, statement string, args pgx.StrictNamedArgs) (task, error) {
+	args["user"], args["id"], args["match"] = user, id, match
+	type outcome struct {
+		task
+		done bool
+	}
+	found, err := one(query(ctx, d, false, func(row pgx.CollectableRow) (o outcome, err error) {
+		return o, row.Scan(append(o.fields(), &o.done)...)
+	}, `
+		WITH changed AS (`+statement+`
+			WHERE user_id = @user AND id = @id AND (@match::timestamptz[] IS NULL OR updated_at = ANY (@match))
+			RETURNING `+columns+`
+		)
+		SELECT `+columns+`, true FROM changed
+		UNION ALL
+		SELECT `+columns+`, false FROM tasks
+		WHERE user_id = @user AND id = @id AND NOT EXISTS (SELECT FROM changed)`, args))
+	switch {
+	case err != nil || found.done:
+		return found.task, err
+	case match == nil:
+		return task{}, errNoTask // it was deleted while the statement waited
+	}
+	return task{}, errChanged
 }
 
 // completeTask sets completed as the body says, or turns it over where the
@@ -359,7 +473,7 @@ func (s *server) completeTask(ctx context.Context, w http.ResponseWriter, r *htt
 		return err
 	}
 	c.toggle = c.completed == nil
-	t, err := s.db.updateTask(ctx, user, id, c)
+	t, err := s.db.updateTask(ctx, user, id, ifMatch(r), c)
 	if err != nil {
 		return fmt.Errorf("complete task: %w", err)
 	}
@@ -371,18 +485,14 @@ func (s *server) deleteTask(ctx context.Context, w http.ResponseWriter, r *http.
 	if err != nil {
 		return err
 	}
-	if err := s.db.deleteTask(ctx, user, id); err != nil {
+	if err := s.db.deleteTask(ctx, user, id, ifMatch(r)); err != nil {
 		return fmt.Errorf("delete task: %w", err)
 	}
 	w.WriteHeader(http.StatusNoContent)
 	return nil
 }
 
-func (d *database) deleteTask(ctx context.Context, user string, id int64) error {
-	_, err := one(query(ctx, d, false, pgx.RowTo[int64], `
-		DELETE FROM tasks
-		WHERE user_id = @user AND id = @id
-		RETURNING id`,
-		pgx.StrictNamedArgs{"user": user, "id": id}))
+func (d *database) deleteTask(ctx context.Context, user string, id int64, match []time.Time) error {
+	_, err := d.changeTask(ctx, user, id, match, `DELETE FROM tasks`, pgx.StrictNamedArgs{})
 	return err
 }

@@ -30,10 +30,12 @@ var (
 )
 
 func TestMain(m *testing.M) {
-	if os.Getenv("TODO_APP_TEST_RUNS") == "main" { main(); return }
-	if os.Getenv("TODO_APP_TEST_RUNS") == "bare" { serveBare(); return }
-	if os.Getenv("TODO_APP_TEST_RUNS_MAIN") != "" { // the test binary is the service: see startProcess
+	switch os.Getenv("TODO_APP_TEST_RUNS") { // the test binary is another process, of a test
+	case "main":
 		main()
+		return
+	case "bare":
+		serveBare()
 		return
 	}
 	if os.Getenv("DATABASE_URL") == "" {
@@ -57,7 +59,7 @@ func testMain(m *testing.M) int {
 		fmt.Println(err)
 		return 1
 	}
-	service := httptest.NewServer(newServer(context.Background(), sharedAuth, sharedDB, slog.New(slog.DiscardHandler), ""))
+	service := httptest.NewServer(newServer(context.Background(), sharedAuth, sharedDB, slog.New(slog.DiscardHandler), nil, ""))
 	defer service.Close()
 	sharedURL = service.URL
 	return m.Run()
