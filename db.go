@@ -127,6 +127,8 @@ type database struct {
 	slots  chan struct{} // holds an element for each statement under way: the queue for the pool
 	ready  chan struct{} // closed once the schema is in place
 	pooler atomic.Bool   // a pooler answers, which refuses the options parameter
+
+	waits, canceled, waited atomic.Int64 // in the queue: how often, how often in vain, nanoseconds
 }
 
 func newDatabase(config *pgxpool.Config) (*database, error) {
@@ -156,6 +158,7 @@ func (d *database) prepare(ctx context.Context, log *slog.Logger) error {
 		switch {
 		case err == nil:
 			close(d.ready)
+			log.Info("database ready")
 			return nil
 		case strings.Contains(err.Error(), "unsupported startup parameter") && !d.pooler.Swap(true):
 			continue // a pooler without -pooler in its name
@@ -253,12 +256,8 @@ func (d *database) acquire(ctx context.Context) (*pgxpool.Conn, error) {
 		return nil, fmt.Errorf("wait for the schema: %w", ctx.Err())
 	}
 	start := time.Now()
-	select {
-	case d.slots <- struct{}{}:
-	case <-time.After(poolPatience):
-		return nil, fmt.Errorf("all %d connections were busy for %v", maxConns, poolPatience)
-	case <-ctx.Done():
-		return nil, fmt.Errorf("wait for a connection: %w", ctx.Err())
+	if err := d.queue(ctx); err != nil {
+		return nil, err
 	}
 	for try := 0; ; try++ {
 		conn, err := d.pool.Acquire(ctx)
@@ -269,6 +268,27 @@ func (d *database) acquire(ctx context.Context) (*pgxpool.Conn, error) {
 			<-d.slots
 			return nil, err
 		}
+	}
+}
+
+// queue waits for a place among the statements under way.
+func (d *database) queue(ctx context.Context) error {
+	select {
+	case d.slots <- struct{}{}:
+		return nil
+	default:
+	}
+	d.waits.Add(1)
+	defer func(start time.Time) { d.waited.Add(int64(time.Since(start))) }(time.Now())
+	select {
+	case d.slots <- struct{}{}:
+		return nil
+	case <-time.After(poolPatience):
+		d.canceled.Add(1)
+		return fmt.Errorf("all %d connections were busy for %v", maxConns, poolPatience)
+	case <-ctx.Done():
+		d.canceled.Add(1)
+		return fmt.Errorf("wait for a connection: %w", ctx.Err())
 	}
 }
 

@@ -6,6 +6,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/json"
@@ -13,20 +14,25 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"mime"
 	"net"
 	"net/http"
 	"net/url"
 	"os"
 	"os/signal"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 	"unicode/utf16"
 	"unicode/utf8"
+
+	"github.com/jackc/pgx/v5/pgxpool"
 )
 
 const (
@@ -67,7 +73,11 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 	}
 	switch {
 	case len(args) == 0:
-		return serve(ctx, auth, getenv, stdout)
+		set, err := readSettings(getenv)
+		if err != nil {
+			return err
+		}
+		return serve(ctx, set, auth, newLogger(stdout, set.level))
 	case len(args) == 2 && args[0] == "token":
 		token, err := auth.sign(args[1])
 		if err != nil {
@@ -79,83 +89,30 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 	return errors.New("usage: todo-app serves; todo-app token USER_ID prints a token for an hour")
 }
 
-// serve runs the service. It listens before the database answers, so that a
-// cold one does not fail a deploy: requests wait for it within their deadline.
-func serve(ctx context.Context, auth *authenticator, getenv func(string) string, stdout io.Writer) error {
-	level, err := logLevel(getenv("LOG_LEVEL"))
-	if err != nil {
-		return err
-	}
-	port, err := portNumber("PORT", getenv("PORT"), "8080")
-	if err != nil {
-		return err
-	}
-	origins, err := corsOrigins(getenv("CORS_ORIGINS"))
-	if err != nil {
-		return err
-	}
-	config, err := poolConfig(getenv("DATABASE_URL"))
-	if err != nil {
-		return err
-	}
-	ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
-	defer stop()
+// The settings of the service but for those of its tokens.
+type settings struct {
+	port, metricsPort string // metricsPort: "" for no metrics
+	level             slog.Level
+	origins           []string // whose pages may call the API
+	project           string   // Google Cloud's, or ""
+	pool              *pgxpool.Config
+}
 
-	log := newLogger(stdout, level)
-	db, err := newDatabase(config)
-	if err != nil {
-		return err
+func readSettings(getenv func(string) string) (settings, error) {
+	set := settings{project: getenv("GOOGLE_CLOUD_PROJECT")}
+	var errs [5]error
+	set.port, errs[0] = portNumber("PORT", cmp.Or(getenv("PORT"), "8080"))
+	if port := getenv("METRICS_PORT"); port != "" {
+		set.metricsPort, errs[1] = portNumber("METRICS_PORT", port)
 	}
-	work, cancel := context.WithCancel(context.Background())
-	defer cancel()
-	httpServer := &http.Server{
-		Handler:           newServer(work, auth, db, log, origins, getenv("GOOGLE_CLOUD_PROJECT")),
-		ReadHeaderTimeout: headerTimeout,
-		ReadTimeout:       readTimeout,
-		WriteTimeout:      writeTimeout,
-		IdleTimeout:       idleTimeout,
-		MaxHeaderBytes:    maxHeader,
-		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
-	}
-	listener, err := net.Listen("tcp", ":"+port)
-	if err != nil {
-		return fmt.Errorf("PORT %s: %w", port, err)
-	}
-	log.Info("listening", "port", port)
-
-	failed := make(chan error, 2)
-	go func() { failed <- httpServer.Serve(listener) }()
-	go func() {
-		if err := db.prepare(ctx, log); err != nil && ctx.Err() == nil {
-			failed <- err
-		}
-	}()
-	select {
-	case err := <-failed:
-		return err
-	case <-ctx.Done():
-	}
-	stop() // a second signal ends the process at once
-	log.Info("stopping")
-
-	time.AfterFunc(cancelWork, cancel)
-	leave, cancelLeave := context.WithTimeout(context.Background(), leaveAtOnce)
-	defer cancelLeave()
-	drain, cancelDrain := context.WithTimeout(leave, closeConns)
-	defer cancelDrain()
-	if err := httpServer.Shutdown(drain); err != nil {
-		httpServer.Close()
-	}
-	db.close(leave)
-	log.Info("stopped")
-	return nil
+	set.level, errs[2] = logLevel(getenv("LOG_LEVEL"))
+	set.origins, errs[3] = corsOrigins(getenv("CORS_ORIGINS"))
+	set.pool, errs[4] = poolConfig(getenv("DATABASE_URL"))
+	return set, cmp.Or(errs[:]...)
 }
 
 // portNumber checks the setting name, a TCP port.
-func portNumber(name, value, unset string) (string, error) {
-	if value == "" {
-		value = unset
-	}
+func portNumber(name, value string) (string, error) {
 	if n, err := strconv.ParseUint(value, 10, 16); err != nil || n == 0 {
 		return "", fmt.Errorf("%s must be a port number from 1 to 65535", name)
 	}
@@ -189,6 +146,83 @@ func logLevel(value string) (slog.Level, error) {
 	return level, nil
 }
 
+// serve runs the service until ctx is done or a signal comes. It listens before
+// the database answers, so that a cold one does not fail a deploy: requests
+// wait for it within their deadline.
+func serve(ctx context.Context, set settings, auth *authenticator, log *slog.Logger) error {
+	ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	db, err := newDatabase(set.pool)
+	if err != nil {
+		return err
+	}
+	work, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	s := newServer(work, auth, db, log, set.origins, set.project)
+	public := &http.Server{
+		Handler:           s,
+		ReadHeaderTimeout: headerTimeout,
+		ReadTimeout:       readTimeout,
+		WriteTimeout:      writeTimeout,
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    maxHeader,
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+	}
+	failed := make(chan error, 3)
+	if err := listen(public, "PORT", set.port, failed); err != nil {
+		return err
+	}
+	if set.metricsPort != "" {
+		metrics := http.NewServeMux()
+		metrics.HandleFunc("GET /metrics", s.metrics)
+		private := &http.Server{Handler: metrics, ReadTimeout: readTimeout, WriteTimeout: writeTimeout}
+		if err := listen(private, "METRICS_PORT", set.metricsPort, failed); err != nil {
+			return err
+		}
+		defer private.Close()
+	}
+	log.Info("listening", "port", set.port)
+	go func() {
+		if err := db.prepare(ctx, log); err != nil && ctx.Err() == nil {
+			failed <- err
+		}
+	}()
+
+	select {
+	case err := <-failed:
+		return err
+	case <-ctx.Done():
+	}
+	stop() // a second signal ends the process at once
+	log.Info("stopping")
+	time.AfterFunc(cancelWork, cancel)
+	drain(public, db)
+	log.Info("stopped")
+	return nil
+}
+
+// listen serves on all addresses of a port, and sends how that ended to failed.
+func listen(s *http.Server, name, port string, failed chan<- error) error {
+	listener, err := net.Listen("tcp", ":"+port)
+	if err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	go func() { failed <- s.Serve(listener) }()
+	return nil
+}
+
+// drain lets the requests in flight finish, as far as the time goes.
+func drain(s *http.Server, db *database) {
+	leave, cancelLeave := context.WithTimeout(context.Background(), leaveAtOnce)
+	defer cancelLeave()
+	finish, cancelFinish := context.WithTimeout(leave, closeConns)
+	defer cancelFinish()
+	if err := s.Shutdown(finish); err != nil {
+		s.Close()
+	}
+	db.close(leave)
+}
+
 // newLogger writes one JSON object a line, in the field names and severities
 // of Google Cloud's logs, which Fly.io takes as they are.
 func newLogger(w io.Writer, level slog.Level) *slog.Logger {
@@ -218,10 +252,13 @@ type server struct {
 	origins []string // whose pages may call, CORS_ORIGINS
 	project string   // GOOGLE_CLOUD_PROJECT
 	mux     *http.ServeMux
+
+	mu     sync.Mutex
+	counts map[kind]count
 }
 
 func newServer(work context.Context, auth *authenticator, db *database, log *slog.Logger, origins []string, project string) *server {
-	s := &server{work: work, auth: auth, db: db, log: log, origins: origins, project: project, mux: http.NewServeMux()}
+	s := &server{work: work, auth: auth, db: db, log: log, origins: origins, project: project, mux: http.NewServeMux(), counts: map[kind]count{}}
 	allowed := map[string][]string{}
 	for pattern, e := range s.routes() {
 		method, path, _ := strings.Cut(pattern, " ")
@@ -314,6 +351,12 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 		s.mux.ServeHTTP(w, r)
 	}
 
+	took := time.Since(start)
+	_, route, found := strings.Cut(r.Pattern, " ")
+	if !found {
+		route = r.Pattern
+	}
+	s.count(kind{route, r.Method, w.status}, took)
 	level := slog.LevelInfo
 	switch {
 	case w.status == http.StatusServiceUnavailable:
@@ -321,16 +364,12 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	case w.status >= 500:
 		level = slog.LevelError
 	}
-	_, route, found := strings.Cut(r.Pattern, " ")
-	if !found {
-		route = r.Pattern
-	}
 	attrs := append(make([]slog.Attr, 0, 8),
 		slog.String("request_id", id),
 		slog.String("method", r.Method),
 		slog.String("route", route),
 		slog.Int("status", w.status),
-		slog.Float64("duration_ms", float64(time.Since(start).Microseconds())/1000),
+		slog.Float64("duration_ms", float64(took.Microseconds())/1000),
 		slog.Int("bytes", w.bytes))
 	if w.err != nil {
 		attrs = append(attrs, slog.String("error", w.err.Error()))
@@ -553,4 +592,68 @@ func (s *server) ready(ctx context.Context, w http.ResponseWriter, _ *http.Reque
 		return err
 	}
 	return writeJSON(w, http.StatusOK, map[string]string{"status": "ready"})
+}
+
+// A kind of request, of which there are few: routes are patterns.
+type kind struct {
+	route, method string
+	status        int
+}
+
+type count struct {
+	requests int
+	took     time.Duration
+}
+
+func (s *server) count(k kind, took time.Duration) {
+	if !slices.Contains([]string{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}, k.method) {
+		k.method = "other" // clients may invent any number
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	c := s.counts[k]
+	s.counts[k] = count{c.requests + 1, c.took + took}
+}
+
+// metrics answers in Prometheus' text format, from what the process knows by itself.
+func (s *server) metrics(w http.ResponseWriter, _ *http.Request) {
+	s.mu.Lock()
+	counts := maps.Clone(s.counts)
+	s.mu.Unlock()
+	pool := s.db.pool.Stat()
+	var memory runtime.MemStats
+	runtime.ReadMemStats(&memory)
+
+	var page bytes.Buffer
+	family := func(name, kind, help string) {
+		fmt.Fprintf(&page, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)
+	}
+	single := func(name, kind, help string, value float64) {
+		family(name, kind, help)
+		fmt.Fprintf(&page, "%s %g\n", name, value)
+	}
+	requests := func(name, help string, value func(count) float64) {
+		family(name, "counter", help)
+		for k, c := range counts {
+			fmt.Fprintf(&page, "%s{route=%q,method=%q,status=\"%d\"} %g\n", name, k.route, k.method, k.status, value(c))
+		}
+	}
+	requests("todo_http_requests_total", "Requests answered.", func(c count) float64 { return float64(c.requests) })
+	requests("todo_http_request_seconds_total", "Time from a request to its answer.", func(c count) float64 { return c.took.Seconds() })
+	family("todo_db_connections", "gauge", "Database connections open, by what they do.")
+	fmt.Fprintf(&page, "todo_db_connections{state=\"acquired\"} %d\n", pool.AcquiredConns())
+	fmt.Fprintf(&page, "todo_db_connections{state=\"idle\"} %d\n", pool.IdleConns())
+	fmt.Fprintf(&page, "todo_db_connections{state=\"constructing\"} %d\n", pool.ConstructingConns())
+	single("todo_db_connections_open", "gauge", "Database connections open in all.", float64(pool.TotalConns()))
+	single("todo_db_connections_max", "gauge", "Database connections open at most.", float64(pool.MaxConns()))
+	single("todo_db_acquires_total", "counter", "Statements that got a connection.", float64(pool.AcquireCount()))
+	single("todo_db_acquire_waits_total", "counter", "Statements that waited for a connection to be free or opened.", float64(pool.EmptyAcquireCount()+s.db.waits.Load()))
+	single("todo_db_acquire_wait_seconds_total", "counter", "Time they waited.", (pool.EmptyAcquireWaitTime() + time.Duration(s.db.waited.Load())).Seconds())
+	single("todo_db_acquires_canceled_total", "counter", "Statements that gave up waiting.", float64(pool.CanceledAcquireCount()+s.db.canceled.Load()))
+	single("todo_db_connections_new_total", "counter", "Database connections begun.", float64(pool.NewConnsCount()))
+	single("todo_goroutines", "gauge", "Goroutines.", float64(runtime.NumGoroutine()))
+	single("todo_heap_bytes", "gauge", "Memory that live and dead objects take.", float64(memory.HeapAlloc))
+	single("todo_memory_bytes", "gauge", "Memory the Go runtime holds.", float64(memory.Sys-memory.HeapReleased))
+	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+	w.Write(page.Bytes())
 }
