@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"encoding/json"
 	"fmt"
 	"net"
@@ -9,7 +10,7 @@ import (
 	"os/exec"
 	"strconv"
 	"sync"
-	"syscall"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -72,7 +73,7 @@ func BenchmarkBesideBare(b *testing.B) {
 				}
 			}
 			for _, side := range sides {
-				side.stop(b)
+				side.stop()
 			}
 			service, bare := sides[0], sides[1]
 			b.ReportMetric(bare.wall.Seconds()/service.wall.Seconds(), "requests/s-ratio")
@@ -82,28 +83,101 @@ func BenchmarkBesideBare(b *testing.B) {
 	}
 }
 
+// BenchmarkInstances puts the same load, 64 clients that read and write, on one
+// instance and on eight, which only a pooler has room for on a small compute.
+func BenchmarkInstances(b *testing.B) {
+	const clients, each = 64, 40
+	c := newClient(b)
+	var ids [clients]int64
+	for i := range ids {
+		ids[i] = c.create(fmt.Sprintf("Task %d of the benchmark", i)).ID
+	}
+	for _, instances := range []int{1, 8} {
+		b.Run(fmt.Sprint(instances), func(b *testing.B) {
+			var services []*measured
+			for range instances {
+				services = append(services, startMeasured(b, "main", c))
+			}
+			var answered, unavailable atomic.Int64
+			start := time.Now()
+			for b.Loop() {
+				var wg sync.WaitGroup
+				for i := range clients {
+					service := services[i%instances]
+					wg.Go(func() {
+						c := &client{t: b, http: service.http, service: service.url, user: c.user, authorization: c.authorization}
+						for n := range each {
+							var a answer
+							if n%4 == 0 {
+								a = c.do("PATCH", fmt.Sprintf("/%d/complete", ids[i]), "")
+							} else {
+								a = c.do("GET", "", "")
+							}
+							switch a.status {
+							case 200:
+								answered.Add(1)
+							case 503:
+								unavailable.Add(1)
+							default:
+								b.Errorf("%d %s", a.status, a.body)
+							}
+						}
+					})
+				}
+				wg.Wait()
+			}
+			b.ReportMetric(float64(answered.Load())/time.Since(start).Seconds(), "requests/s")
+			b.ReportMetric(float64(unavailable.Load()), "answers-503")
+			var held float64
+			for _, service := range services {
+				held += service.metric(b, "todo_db_connections_open")
+			}
+			b.ReportMetric(held, "client-connections")
+			var backends float64
+			if err := sharedDB.pool.QueryRow(b.Context(), `SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()`).Scan(&backends); err != nil {
+				b.Fatal(err)
+			}
+			b.ReportMetric(backends, "server-connections")
+			b.ReportMetric(0, "ns/op")
+		})
+	}
+}
+
 // A measured is a service in a process of its own.
 type measured struct {
 	cmd           *exec.Cmd
-	url           string
+	http          *http.Client
+	url, metrics  string
 	authorization string
 	wall, cpu     time.Duration
 }
 
+// startMeasured starts the service, "main", or what it is compared with, "bare".
 func startMeasured(b *testing.B, which string, c *client) *measured {
 	b.Helper()
-	port := freePort(b)
-	m := &measured{cmd: exec.Command(os.Args[0]), url: "http://127.0.0.1:" + port, authorization: c.authorization}
-	m.cmd.Env = append(os.Environ(), "TODO_APP_TEST_RUNS="+which, "PORT="+port, "BETTER_AUTH_SECRET="+testSecret)
+	port, metricsPort := freePort(b), freePort(b)
+	m := &measured{
+		cmd:           exec.Command(os.Args[0]),
+		http:          &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 64}},
+		url:           "http://127.0.0.1:" + port,
+		metrics:       "http://127.0.0.1:" + metricsPort + "/metrics",
+		authorization: c.authorization,
+	}
+	m.cmd.Env = append(os.Environ(), "TODO_APP_TEST_RUNS="+which, "PORT="+port, "METRICS_PORT="+metricsPort, "BETTER_AUTH_SECRET="+testSecret)
 	if err := m.cmd.Start(); err != nil {
 		b.Fatal(err)
 	}
-	b.Cleanup(func() { m.cmd.Process.Kill() })
+	b.Cleanup(func() {
+		m.http.CloseIdleConnections()
+		m.cmd.Process.Kill()
+		m.cmd.Wait()
+	})
 	for {
-		if res, err := http.Get(m.url + "/health/live"); err == nil {
+		if res, err := m.http.Get(m.url + "/health/live"); err == nil {
 			res.Body.Close()
 			break
 		}
+		time.Sleep(10 * time.Millisecond)
 	}
 	m.load(b, "/api/"+c.user+"/tasks", 200)
 	m.wall = 0
@@ -113,13 +187,11 @@ func startMeasured(b *testing.B, which string, c *client) *measured {
 // load sends n requests from 16 clients and adds up the time they took.
 func (m *measured) load(b *testing.B, path string, n int) {
 	const clients = 16
-	transport := &http.Transport{MaxIdleConnsPerHost: clients}
-	defer transport.CloseIdleConnections()
 	start := time.Now()
 	var wg sync.WaitGroup
 	for range clients {
 		wg.Go(func() {
-			c := &client{t: b, http: &http.Client{Transport: transport}, service: m.url, authorization: m.authorization}
+			c := &client{t: b, http: m.http, service: m.url, authorization: m.authorization}
 			for range n / clients {
 				if a, err := c.try("GET", path, ""); err != nil || a.status != 200 {
 					b.Errorf("%s = %d %s %v", path, a.status, a.body, err)
@@ -131,8 +203,27 @@ func (m *measured) load(b *testing.B, path string, n int) {
 	m.wall += time.Since(start)
 }
 
-func (m *measured) stop(b *testing.B) {
-	m.cmd.Process.Signal(syscall.SIGKILL)
+// metric reads one figure from the metrics page.
+func (m *measured) metric(b *testing.B, name string) (value float64) {
+	b.Helper()
+	res, err := m.http.Get(m.metrics)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer res.Body.Close()
+	lines := bufio.NewScanner(res.Body)
+	for lines.Scan() {
+		if _, err := fmt.Sscanf(lines.Text(), name+" %g", &value); err == nil {
+			return value
+		}
+	}
+	b.Fatalf("the metrics lack %s", name)
+	return 0
+}
+
+// stop ends the process and tells what it used.
+func (m *measured) stop() {
+	m.cmd.Process.Kill()
 	m.cmd.Wait()
 	m.cpu = m.cmd.ProcessState.UserTime() + m.cmd.ProcessState.SystemTime()
 }

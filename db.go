@@ -128,6 +128,7 @@ type database struct {
 	ready  chan struct{} // closed once the schema is in place
 	pooler atomic.Bool   // a pooler answers, which refuses the options parameter
 
+	lastLoss                atomic.Int64 // of a connection in use, in nanoseconds since 1970
 	waits, canceled, waited atomic.Int64 // in the queue: how often, how often in vain, nanoseconds
 }
 
@@ -142,9 +143,28 @@ func newDatabase(config *pgxpool.Config) (*database, error) {
 		}
 		return nil
 	}
+	config.ShouldPing = d.isDead
 	var err error
 	d.pool, err = pgxpool.NewWithConfig(context.Background(), config)
 	return d, err
+}
+
+// isDead pings a connection that idled for a second, or since before another
+// was lost. To a yes pgxpool pings it once more, in vain, and takes another.
+// What killed one in its sleep has killed the rest: all that idle are dropped,
+// or a request could spend a second on each.
+func (d *database) isDead(ctx context.Context, p pgxpool.ShouldPingParams) bool {
+	sinceLoss := time.Since(time.Unix(0, d.lastLoss.Load()))
+	if p.IdleDuration < min(time.Second, sinceLoss) {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(ctx, pingTimeout)
+	defer cancel()
+	if p.Conn.Ping(ctx) == nil {
+		return false
+	}
+	d.pool.Reset()
+	return true
 }
 
 // prepare applies the schema and lets the waiting queries go. A database that
@@ -165,7 +185,9 @@ func (d *database) prepare(ctx context.Context, log *slog.Logger) error {
 		case errors.Is(err, errForeignTable), answered && !transient(err):
 			return fmt.Errorf("apply schema.sql: %w", err)
 		}
-		log.Warn("database not ready", "error", err.Error())
+		if try == 0 {
+			log.Warn("database not ready, trying again", "for", schemaPatience.String(), "error", err.Error())
+		}
 		if !pause(patience, try) {
 			return fmt.Errorf("DATABASE_URL: no usable connection in %v: %w", schemaPatience, err)
 		}
@@ -229,6 +251,9 @@ func query[T any](ctx context.Context, d *database, repeatable bool, scan pgx.Ro
 			found, err = pgx.CollectRows(rows, scan)
 		}
 		lost := conn.Conn().IsClosed()
+		if lost {
+			d.lastLoss.Store(time.Now().UnixNano())
+		}
 		d.release(conn)
 		switch {
 		case err == nil:

@@ -1,5 +1,6 @@
 -- The whole schema, embedded in the binary and applied by it at start-up: see database.migrate in db.go.
--- Applied again after each change of this file, so every statement must be safe to repeat.
+-- Applied again after each change of this file, so every statement must be safe to repeat, and a new column
+-- needs an ALTER TABLE ... ADD COLUMN IF NOT EXISTS too. The comment on the table is taken: it says what was applied.
 
 CREATE TABLE IF NOT EXISTS tasks (
     -- The token's sub. Opaque, compared byte for byte, hence "C". No foreign key to Better Auth's "user":

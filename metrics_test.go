@@ -1,0 +1,109 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"os/exec"
+	"strings"
+	"testing"
+)
+
+func TestMetrics(t *testing.T) {
+	t.Parallel()
+	db, err := openDatabase(sharedDB.pool.Config().ConnString())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(db.pool.Close)
+	if err := db.prepare(t.Context(), slog.New(slog.DiscardHandler)); err != nil {
+		t.Fatal(err)
+	}
+	s := newServer(context.Background(), sharedAuth, db, slog.New(slog.DiscardHandler), nil, "")
+	public := httptest.NewServer(s)
+	t.Cleanup(public.Close)
+	c := newClient(t)
+	c.service = public.URL
+	page := func() string {
+		t.Helper()
+		rec := httptest.NewRecorder()
+		s.metrics(rec, httptest.NewRequest("GET", "/metrics", nil))
+		if got := rec.Header().Get("Content-Type"); !strings.HasPrefix(got, "text/plain; version=0.0.4") {
+			t.Errorf("Content-Type = %q", got)
+		}
+		return rec.Body.String()
+	}
+
+	for range 3 {
+		c.create("counted")
+	}
+	c.do("GET", "/0", "")
+	c.send("GET", "/no/such/path?x=1", "")
+	for i := range 5 {
+		c.send(fmt.Sprint("BREW", i), "/health/live", "")
+	}
+	// Every statement under way holds a place: one more waits, and gives up with its request.
+	for range maxConns {
+		db.slots <- struct{}{}
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if err := db.queue(ctx); err == nil {
+		t.Error("a place beyond the last was given")
+	}
+	for range maxConns {
+		<-db.slots
+	}
+	text := page()
+	for _, want := range []string{
+		`todo_http_requests_total{route="/api/{user_id}/tasks",method="POST",status="201"} 3`,
+		`todo_http_requests_total{route="/api/{user_id}/tasks/{id}",method="GET",status="404"} 1`,
+		`todo_http_requests_total{route="/",method="GET",status="404"} 1`,
+		`todo_http_requests_total{route="/health/live",method="other",status="405"} 5`,
+		`todo_http_request_seconds_total{route="/api/{user_id}/tasks",method="POST",status="201"} 0.`,
+		`todo_db_connections{state="acquired"} 0`,
+		`todo_db_connections{state="idle"} 1`,
+		"todo_db_connections_open 1",
+		"todo_db_connections_max 15",
+		"todo_db_acquires_canceled_total 1",
+		"todo_db_connections_new_total 1",
+	} {
+		if !strings.Contains(text, "\n"+want) {
+			t.Errorf("the page lacks %s", want)
+		}
+	}
+	for _, family := range []string{"todo_db_acquires_total", "todo_db_acquire_waits_total", "todo_db_acquire_wait_seconds_total", "todo_goroutines", "todo_heap_bytes", "todo_memory_bytes"} {
+		var value float64
+		_, line, _ := strings.Cut(text, "\n"+family+" ")
+		if _, err := fmt.Sscan(line, &value); err != nil || value <= 0 {
+			t.Errorf("%s = %g, %v, want more than nothing", family, value, err)
+		}
+	}
+	if strings.Contains(text, c.user) || strings.Contains(text, "/no/such/path") || strings.Contains(text, "BREW") {
+		t.Error("the page has labels that clients choose")
+	}
+	if again := page(); !strings.Contains(again, "\n"+acquires(text)+"\n") {
+		t.Error("the page ran a query")
+	}
+	if a := c.send("GET", "/metrics", ""); a.status != http.StatusNotFound {
+		t.Errorf("/metrics on the public port = %d, want 404", a.status)
+	}
+
+	// CI has promtool; where it is, the page must be as it likes it.
+	if promtool, err := exec.LookPath("promtool"); err == nil {
+		check := exec.Command(promtool, "check", "metrics")
+		check.Stdin = strings.NewReader(text)
+		if out, err := check.CombinedOutput(); err != nil || len(out) > 0 {
+			t.Errorf("promtool check metrics: %v\n%s", err, out)
+		}
+	}
+}
+
+// acquires returns the line that counts statements.
+func acquires(page string) string {
+	_, rest, _ := strings.Cut(page, "\ntodo_db_acquires_total ")
+	value, _, _ := strings.Cut(rest, "\n")
+	return "todo_db_acquires_total " + value
+}
