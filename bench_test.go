@@ -4,10 +4,8 @@ import (
 	"bufio"
 	"encoding/json"
 	"fmt"
-	"net"
 	"net/http"
 	"os"
-	"os/exec"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -143,11 +141,11 @@ func BenchmarkInstances(b *testing.B) {
 	}
 }
 
-// A measured is a service in a process of its own.
+// A measured is a process under load.
 type measured struct {
-	cmd           *exec.Cmd
+	*process
 	http          *http.Client
-	url, metrics  string
+	metrics       string
 	authorization string
 	wall, cpu     time.Duration
 }
@@ -155,30 +153,15 @@ type measured struct {
 // startMeasured starts the service, "main", or what it is compared with, "bare".
 func startMeasured(b *testing.B, which string, c *client) *measured {
 	b.Helper()
-	port, metricsPort := freePort(b), freePort(b)
+	metricsPort := freePort(b)
 	m := &measured{
-		cmd:           exec.Command(os.Args[0]),
+		process:       startProcess(b, "TODO_APP_TEST_RUNS="+which, "METRICS_PORT="+metricsPort),
 		http:          &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 64}},
-		url:           "http://127.0.0.1:" + port,
 		metrics:       "http://127.0.0.1:" + metricsPort + "/metrics",
 		authorization: c.authorization,
 	}
-	m.cmd.Env = append(os.Environ(), "TODO_APP_TEST_RUNS="+which, "PORT="+port, "METRICS_PORT="+metricsPort, "BETTER_AUTH_SECRET="+testSecret)
-	if err := m.cmd.Start(); err != nil {
-		b.Fatal(err)
-	}
-	b.Cleanup(func() {
-		m.http.CloseIdleConnections()
-		m.cmd.Process.Kill()
-		m.cmd.Wait()
-	})
-	for {
-		if res, err := m.http.Get(m.url + "/health/live"); err == nil {
-			res.Body.Close()
-			break
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
+	b.Cleanup(m.http.CloseIdleConnections)
+	m.waitLive()
 	m.load(b, "/api/"+c.user+"/tasks", 200)
 	m.wall = 0
 	return m
@@ -224,17 +207,6 @@ func (m *measured) metric(b *testing.B, name string) (value float64) {
 // stop ends the process and tells what it used.
 func (m *measured) stop() {
 	m.cmd.Process.Kill()
-	m.cmd.Wait()
+	<-m.exited
 	m.cpu = m.cmd.ProcessState.UserTime() + m.cmd.ProcessState.SystemTime()
-}
-
-func freePort(t testing.TB) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	_, port, _ := net.SplitHostPort(l.Addr().String())
-	return port
 }

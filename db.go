@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
+	"regexp"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -43,17 +44,14 @@ func poolConfig(databaseURL string) (*pgxpool.Config, error) {
 	if databaseURL == "" {
 		return nil, errors.New("DATABASE_URL is not set: it takes a postgres:// connection string, as the Neon console shows it")
 	}
-	if !strings.HasPrefix(databaseURL, "postgres://") && !strings.HasPrefix(databaseURL, "postgresql://") {
-		return nil, errors.New("DATABASE_URL must begin with postgres:// or postgresql://")
+	// pgx would guess where a password with these characters ends, and its errors show the rest.
+	wellFormed := regexp.MustCompile(`^postgres(ql)?://([^@/?]*@)?[^@/?]*(/[^@/?]*)?(\?[^@]*)?$`)
+	if !wellFormed.MatchString(databaseURL) {
+		return nil, errors.New("DATABASE_URL must be like postgresql://user:password@host/database?sslmode=require, with any @, / or ? in the password percent-encoded")
 	}
-	if !strings.Contains(databaseURL, "sslmode=") { // pgx's default would be "prefer", which allows plaintext
-		separator := "?"
-		if strings.Contains(databaseURL, "?") {
-			separator = "&"
-		}
-		databaseURL += separator + "sslmode=require"
-	}
-	config, err := pgxpool.ParseConfig(databaseURL)
+	// Unless a later sslmode says otherwise: pgx's default is "prefer", which allows plaintext.
+	base, query, _ := strings.Cut(databaseURL, "?")
+	config, err := pgxpool.ParseConfig(strings.TrimSuffix(base+"?sslmode=require&"+query, "&"))
 	if err != nil {
 		text := err.Error() // "cannot parse `postgres://...`: reason"
 		return nil, errors.New("DATABASE_URL cannot be parsed: " + text[strings.LastIndex(text, "`: ")+len("`: "):])
@@ -64,7 +62,7 @@ func poolConfig(databaseURL string) (*pgxpool.Config, error) {
 		switch {
 		case h.TLSConfig == nil && !local(h.Host, h.Port):
 			return nil, errors.New("DATABASE_URL: its sslmode allows an unencrypted connection over the network; use sslmode=require or verify-full")
-		case h.TLSConfig != nil && h.TLSConfig.InsecureSkipVerify && strings.HasSuffix(strings.ToLower(h.Host), ".neon.tech"):
+		case h.TLSConfig != nil && h.TLSConfig.InsecureSkipVerify && strings.HasSuffix(strings.ToLower(strings.TrimSuffix(h.Host, ".")), ".neon.tech"):
 			h.TLSConfig.InsecureSkipVerify = false
 			h.TLSConfig.VerifyPeerCertificate = nil
 			h.TLSConfig.ServerName = h.Host

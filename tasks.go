@@ -254,7 +254,7 @@ func (d *database) insertTask(ctx context.Context, user string, c change, key *s
 // A page is what the query string of a list asks for.
 type page struct {
 	completed             *bool
-	limit, offset, before int64 // before: tasks with smaller ids, the cursor
+	limit, offset, before int64 // before: tasks of smaller ids, the cursor
 	total                 bool
 }
 
@@ -323,31 +323,46 @@ func (s *server) listTasks(ctx context.Context, w http.ResponseWriter, r *http.R
 	return writeJSON(w, http.StatusOK, tasks)
 }
 
+// Each list reads one index, backwards, from the cursor on. The keys are
+// compared as rows so that only this index has the order: with user_id = @user
+// the planner would at times filter a user's whole history, or sort it.
 const (
-	// A condition on an argument is settled before the statement is planned: each list is one scan of one index.
-	ofUser = `user_id = @user AND (@completed::boolean IS NULL OR completed = @completed)`
-
 	listSQL = `
 		SELECT ` + columns + `
 		FROM tasks
-		WHERE ` + ofUser + ` AND id < @before
-		ORDER BY id DESC
+		WHERE (user_id, id) BETWEEN (@user, 1) AND (@user, @last)
+		ORDER BY user_id DESC, id DESC
 		LIMIT @limit OFFSET @offset`
 
-	// The count keeps its row where the page is empty, and a nested loop, the only join there is
-	// without a condition, keeps the page's order.
-	listTotalSQL = `
-		SELECT ` + columns + `, total
-		FROM (SELECT count(*) AS total FROM tasks WHERE ` + ofUser + `) AS counted
-		LEFT JOIN (` + listSQL + `) AS page ON TRUE`
+	listCompletedSQL = `
+		SELECT ` + columns + `
+		FROM tasks
+		WHERE (user_id, completed, id) BETWEEN (@user, @completed, 1) AND (@user, @completed, @last)
+		ORDER BY user_id DESC, completed DESC, id DESC
+		LIMIT @limit OFFSET @offset`
+
+	countSQL          = `SELECT count(*) AS total FROM tasks WHERE user_id = @user`
+	countCompletedSQL = `SELECT count(*) AS total FROM tasks WHERE user_id = @user AND completed = @completed`
 )
+
+// withTotal makes one statement of a count and a list. The count keeps its row
+// where the page is empty, and a nested loop, the only join there is without a
+// condition, keeps the page's order.
+func withTotal(count, list string) string {
+	return `SELECT ` + columns + `, total FROM (` + count + `) AS counted LEFT JOIN (` + list + `) AS page ON TRUE`
+}
 
 // listTasks returns the tasks of a page and, if there are more, the first of
 // the next one. The total is 0 unless the page asks for it.
 func (d *database) listTasks(ctx context.Context, user string, p page) (tasks []task, total int64, err error) {
-	args := pgx.StrictNamedArgs{"user": user, "completed": p.completed, "before": p.before, "limit": p.limit + 1, "offset": p.offset}
+	list, count := listSQL, countSQL
+	args := pgx.StrictNamedArgs{"user": user, "last": p.before - 1, "limit": p.limit + 1, "offset": p.offset}
+	if p.completed != nil {
+		list, count = listCompletedSQL, countCompletedSQL
+		args["completed"] = *p.completed
+	}
 	if !p.total {
-		tasks, err = query(ctx, d, true, scanTask, listSQL, args)
+		tasks, err = query(ctx, d, true, scanTask, list, args)
 		return tasks, 0, err
 	}
 	tasks, err = query(ctx, d, true, func(row pgx.CollectableRow) (t task, err error) {
@@ -356,7 +371,7 @@ func (d *database) listTasks(ctx context.Context, user string, p page) (tasks []
 			clear(fields)
 		}
 		return t, row.Scan(append(fields, &total)...)
-	}, listTotalSQL, args)
+	}, withTotal(count, list), args)
 	if len(tasks) == 1 && tasks[0].ID == 0 {
 		tasks = tasks[:0]
 	}

@@ -1,0 +1,846 @@
+package main
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/big"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+// hostsOf tells how each host of a connection string would be spoken to, in
+// the order of trying: in plaintext, with any certificate, with one whose
+// chain holds, or fully checked against the system's roots.
+func hostsOf(config *pgxpool.Config) string {
+	conn, hosts := config.ConnConfig, []string{}
+	for _, h := range append([]*pgconn.FallbackConfig{{Host: conn.Host, TLSConfig: conn.TLSConfig}}, conn.Fallbacks...) {
+		c, mode := h.TLSConfig, "odd"
+		switch {
+		case c == nil:
+			mode = "plain"
+		case c.InsecureSkipVerify && c.VerifyPeerCertificate == nil:
+			mode = "any"
+		case c.InsecureSkipVerify:
+			mode = "chain"
+		case c.ServerName == h.Host && c.RootCAs == nil && c.VerifyPeerCertificate == nil:
+			mode = "full"
+		}
+		hosts = append(hosts, h.Host+" "+mode)
+	}
+	return strings.Join(hosts, ", ")
+}
+
+// No settings of libpq's may count: t.Setenv, and so not parallel.
+func TestDatabaseURL(t *testing.T) {
+	const neon, other = "ep-a-1.c-2.eu-central-1.aws.neon.tech", "db.example.com"
+	const pooler = "ep-a-1-pooler.c-2.eu-central-1.aws.neon.tech"
+	refused := "" // the empty want
+	for _, mode := range []string{"", "disable", "prefer", "verify-full"} {
+		t.Setenv("PGSSLMODE", mode)
+		for _, row := range []struct{ url, want string }{
+			{"postgres://u:p@" + other + "/d", other + " any"},
+			{"postgresql://u:p@" + other + ":6543/d?application_name=x", other + " any"},
+			{"postgres://u:p@" + other + "/d?sslmode=require", other + " any"},
+			{"postgres://u:p@" + other + "/d?sslmode=verify-ca", other + " chain"},
+			{"postgres://u:p@" + other + "/d?sslmode=verify-full", other + " full"},
+			{"postgres://u:sslmode=x@" + other + "/d", other + " any"}, // a password, not a mode
+			{"postgres://u:p@" + neon + ".example.com/d", neon + ".example.com any"},
+			{"postgres://u:p@evilneon.tech/d", "evilneon.tech any"},
+
+			{"postgresql://u:p@" + neon + "/d?sslmode=require&channel_binding=require", neon + " full"},
+			{"postgresql://u:p@" + pooler + "/d?sslmode=require&channel_binding=require", pooler + " full"},
+			{"postgres://u:p@" + neon + "/d", neon + " full"},
+			{"postgres://u:p@" + neon + "/d?sslmode=verify-ca", neon + " full"},
+			{"postgres://u:p@" + neon + "/d?sslmode=require&sslsni=0", neon + " full"},
+			{"postgres://u:p@" + neon + "/d?sslmode=require&sslnegotiation=direct", neon + " full"},
+			{"postgres://u:p@EP-A-1.AWS.NEON.TECH/d?sslmode=require", "EP-A-1.AWS.NEON.TECH full"},
+			{"postgres://u:p@" + neon + "./d?sslmode=require", neon + ". full"}, // the same host, spelled absolutely
+			{"postgres:///d?host=" + neon + "&user=u", neon + " full"},
+			{"postgres://u:p@" + other + "," + neon + ":5433/d", other + " any, " + neon + " full"},
+			{"postgres://u:p@" + neon + "," + other + "/d", neon + " full, " + other + " any"},
+
+			{"postgres://u:p@localhost/d", "localhost any"},
+			{"postgres://u:p@localhost/d?sslmode=disable", "localhost plain"},
+			{"postgres://u:p@LOCALHOST/d?sslmode=allow", "LOCALHOST plain, LOCALHOST any"},
+			{"postgres://u:p@127.0.0.2/d?sslmode=prefer", "127.0.0.2 any, 127.0.0.2 plain"},
+			{"postgres://u:p@[::1]:5433/d?sslmode=disable", "::1 plain"},
+			{"postgres://u:p@%2Ftmp/d", "/tmp plain"},
+			{"postgres:///d?host=/tmp&sslmode=disable", "/tmp plain"},
+			{"postgres://u:p@localhost,127.0.0.1/d?sslmode=disable", "localhost plain, 127.0.0.1 plain"},
+
+			{"postgres://u:p@" + other + "/d?sslmode=disable", refused},
+			{"postgres://u:p@" + other + "/d?sslmode=allow", refused},
+			{"postgres://u:p@" + other + "/d?sslmode=prefer", refused},
+			{"postgres://u:p@" + neon + "/d?sslmode=disable", refused},
+			{"postgres://u:p@" + neon + "/d?sslmode=prefer", refused},
+			{"postgres://u:p@" + other + "/d?sslmode=require&sslmode=disable", refused},
+			{"postgres://u:p@localhost," + other + "/d?sslmode=disable", refused},
+			{"postgres://u:p@" + other + ",localhost/d?sslmode=prefer", refused},
+			{"postgres://u:p@localhost/d?sslmode=disable&host=" + other, refused},
+			{"postgres://u:p@localhost.example.com/d?sslmode=disable", refused},
+			{"postgres://u:p@127.0.0.1.example.com/d?sslmode=disable", refused},
+			{"postgres://u:p@0.0.0.0/d?sslmode=disable", refused},
+			{"postgres://u:p@[2001:db8::1]/d?sslmode=disable", refused},
+			{"postgres://u:p@10.0.0.1/d?sslmode=disable", refused},
+			{"postgres://u:p@" + other + "/d?sslmode=verify_full", refused},
+		} {
+			config, err := poolConfig(row.url)
+			got := refused
+			if err == nil {
+				got = hostsOf(config)
+			} else if !strings.HasPrefix(err.Error(), "DATABASE_URL ") && !strings.HasPrefix(err.Error(), "DATABASE_URL: ") {
+				t.Errorf("poolConfig(%q) = %v, want an error that begins with the setting's name", row.url, err)
+			}
+			if got != row.want {
+				t.Errorf("PGSSLMODE=%s: poolConfig(%q) = %q, %v, want %q", mode, row.url, got, err, row.want)
+			}
+		}
+	}
+}
+
+// A password with any character in it, at its place or misplaced by one that
+// should have been encoded, never gets into an error, nor into a host or a
+// database name, which later errors would show.
+func TestDatabaseURLShowsNoPassword(t *testing.T) {
+	t.Parallel()
+	for _, text := range []string{
+		"",
+		"hunter2",
+		"mysql://u:hunter2@db.example.com/d",
+		" postgres://u:hunter2@db.example.com/d",
+		"host=db.example.com password=hunter2",
+		"postgres://u:hunter2@db.example.com/d?sslmode=disable",
+		"postgres://u:hunter2@db.example.com/d?sslmode=hunter",
+		"postgres://u:hunter2%zz@db.example.com/d",
+		"postgres://u:hunter2 @db.example.com:x/d",
+		"postgres://u:hunter2@db.example.com:port/d",
+		"postgres://u:hunter2@[::1/d",
+		"postgres://u:`: hunter2@db.example.com:port/d",
+		"postgres://u:hunter2/x@db.example.com/d",
+		"postgres://u:x/hunter2@db.example.com/d",
+		"postgres://u:x?hunter2/y@db.example.com/d",
+		"postgres://u:x@hunter2@db.example.com/d",
+		"postgres://u:hunter2\x00@db.example.com/d",
+		"postgres://u:hunter2@db.example.com/d?pool_max_conns=many",
+		"postgres://u@db.example.com/d?password=hunter2&sslmode=disable",
+		"postgres://u@db.example.com/d?password=hunter2%zz",
+		"postgres://u@db.example.com/d?password=hunter2=&x=1",
+		"postgres://u@db.example.com/d?password=hunter2&connect_timeout=x",
+	} {
+		switch config, err := poolConfig(text); {
+		case err == nil:
+			t.Errorf("poolConfig(%q) took host %q, database %q, want an error", text, config.ConnConfig.Host, config.ConnConfig.Database)
+		case !strings.HasPrefix(err.Error(), "DATABASE_URL") || strings.Contains(err.Error(), "hunter2"):
+			t.Errorf("poolConfig(%q) = %v, want an error that names the setting and shows nothing of it", text, err)
+		}
+	}
+	config, err := poolConfig("postgres://u:p%40s%2Fw%3F%25#&=é@db.example.com/d")
+	if err != nil || config.ConnConfig.Password != "p@s/w?%#&=é" {
+		t.Errorf("poolConfig = %v, %v, want the password as encoded", config, err)
+	}
+}
+
+func TestPoolNumbersHold(t *testing.T) {
+	t.Parallel()
+	config, err := poolConfig("postgres://u:p@localhost/d?pool_max_conns=99&pool_min_conns=5&pool_min_idle_conns=5" +
+		"&pool_max_conn_lifetime=9h&pool_max_conn_lifetime_jitter=9h&pool_max_conn_idle_time=9h&pool_health_check_period=9h" +
+		"&pool_ping_timeout=9h&connect_timeout=99&application_name=x&default_query_exec_mode=cache_statement&channel_binding=require")
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn := config.ConnConfig
+	got := fmt.Sprintln(config.MaxConns, config.MinConns, config.MinIdleConns, config.MaxConnLifetime, config.MaxConnLifetimeJitter,
+		config.MaxConnIdleTime, config.PingTimeout, conn.ConnectTimeout, conn.RuntimeParams["application_name"], conn.DefaultQueryExecMode, conn.ChannelBinding)
+	if want := fmt.Sprintln(15, 0, 0, "5m0s", "30s", "2m0s", "1s", "10s", "todo-app", pgx.QueryExecModeExec, "require"); got != want {
+		t.Errorf("pool = %s, want %s", got, want)
+	}
+	if config.HealthCheckPeriod > time.Minute { // Neon sleeps after five: idle time and period must stay below
+		t.Errorf("idle connections are looked for every %v, want a minute at most", config.HealthCheckPeriod)
+	}
+	if config.ShouldPing != nil || config.PrepareConn != nil {
+		t.Error("the pool's own pre-ping, after a second of idling, is overridden")
+	}
+}
+
+// A pooler would refuse the options parameter.
+func TestTimeoutIsAskedOfDirectHosts(t *testing.T) {
+	t.Parallel()
+	for _, row := range []struct{ url, want string }{
+		{"postgres://u:p@ep-a-1.c-2.aws.neon.tech/d", "-c statement_timeout=30000"},
+		{"postgres://u:p@ep-a-1-pooler.c-2.aws.neon.tech/d", ""},
+		{"postgres://u:p@ep-a-1.my-pooler.neon.tech/d", "-c statement_timeout=30000"}, // it ends the first label
+		{"postgres://u:p@ep-a-1.aws.neon.tech/d?options=-c%20jit%3Doff", "-c jit=off -c statement_timeout=30000"},
+		{"postgres://u:p@my-pooler/d", ""},
+	} {
+		config, err := poolConfig(row.url)
+		if err != nil {
+			t.Fatal(err)
+		}
+		d, err := newDatabase(config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer d.pool.Close()
+		for range 2 { // each connection gets a copy
+			conn := config.ConnConfig.Copy()
+			if err := config.BeforeConnect(t.Context(), conn); err != nil {
+				t.Fatal(err)
+			}
+			if got := strings.TrimSpace(conn.RuntimeParams["options"]); got != row.want {
+				t.Errorf("options for %s = %q, want %q", row.url, got, row.want)
+			}
+		}
+	}
+}
+
+// A man in the middle has a certificate, only not one of Neon's: a connection
+// string with Neon's own "require" must not fall for it.
+func TestNeonMustProveItself(t *testing.T) {
+	t.Parallel()
+	const host, other = "ep-test-1-pooler.c-2.eu-central-1.aws.neon.tech", "ep-other-1.aws.neon.tech"
+	for _, row := range []struct {
+		name    string
+		trusted bool
+		passes  bool
+	}{
+		{host, false, false},
+		{other, true, false},
+		{host, true, true},
+	} {
+		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), DNSNames: []string{row.name}}
+		der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		certificate, err := x509.ParseCertificate(der)
+		if err != nil {
+			t.Fatal(err)
+		}
+		listener, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer listener.Close()
+		names := make(chan string, 1)
+		go func() {
+			raw, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			defer raw.Close()
+			io.ReadFull(raw, make([]byte, 8)) // SSLRequest
+			raw.Write([]byte("S"))
+			secure := tls.Server(raw, &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}})
+			if secure.Handshake() == nil {
+				io.ReadFull(secure, make([]byte, 8)) // the client speaks on: it accepted the certificate
+			}
+			names <- secure.ConnectionState().ServerName
+		}()
+
+		config, err := poolConfig("postgresql://u:p@" + host + "/d?sslmode=require&channel_binding=require")
+		if err != nil {
+			t.Fatal(err)
+		}
+		config.ConnConfig.LookupFunc = func(context.Context, string) ([]string, error) { return []string{"127.0.0.1"}, nil }
+		config.ConnConfig.DialFunc = func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "tcp", listener.Addr().String())
+		}
+		if row.trusted {
+			config.ConnConfig.TLSConfig.RootCAs = x509.NewCertPool()
+			config.ConnConfig.TLSConfig.RootCAs.AddCert(certificate)
+		}
+		_, err = pgx.ConnectConfig(t.Context(), config.ConnConfig) // fails in any case: nobody speaks PostgreSQL there
+		_, doubted := errors.AsType[*tls.CertificateVerificationError](err)
+		if name := <-names; err == nil || doubted == row.passes || row.passes && name != host {
+			t.Errorf("certificate for %s, trusted %t: %v, server name %q; want it accepted: %t, and %s asked for",
+				row.name, row.trusted, err, name, row.passes, host)
+		}
+	}
+}
+
+// trips counts the round trips of a pool: a write after which somebody reads.
+type trips struct {
+	net.Conn
+	asked, count *atomic.Int64
+}
+
+func (c trips) Write(p []byte) (int, error) {
+	c.asked.Store(1)
+	return c.Conn.Write(p)
+}
+
+func (c trips) Read(p []byte) (int, error) {
+	c.count.Add(c.asked.Swap(0))
+	return c.Conn.Read(p)
+}
+
+// openCounted opens databaseURL, as the service does, and counts round trips.
+// An idle connection is not pinged, so that slow machines count the same.
+func openCounted(t testing.TB, databaseURL string) (*database, *atomic.Int64) {
+	t.Helper()
+	count := new(atomic.Int64)
+	return open(t, databaseURL, func(config *pgxpool.Config) {
+		dial := config.ConnConfig.DialFunc
+		config.ConnConfig.DialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
+			c, err := dial(ctx, network, address)
+			return trips{c, new(atomic.Int64), count}, err
+		}
+		config.ShouldPing = func(context.Context, pgxpool.ShouldPingParams) bool { return false }
+	}), count
+}
+
+// open opens databaseURL with a changed configuration until the test ends. It
+// knows already whether a pooler is there.
+func open(t testing.TB, databaseURL string, change func(*pgxpool.Config)) *database {
+	t.Helper()
+	config, err := poolConfig(databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	change(config)
+	d, err := newDatabase(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.pooler.Store(sharedDB.pooler.Load())
+	t.Cleanup(d.pool.Close)
+	return d
+}
+
+// openPrepared is open for a database that has the schema or gets it.
+func openPrepared(t testing.TB, databaseURL string) *database {
+	t.Helper()
+	d := open(t, databaseURL, func(*pgxpool.Config) {})
+	prepare(t, d)
+	return d
+}
+
+func prepare(t testing.TB, d *database) {
+	t.Helper()
+	if err := d.prepare(t.Context(), slog.New(slog.DiscardHandler)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// ownDatabase makes an empty database and returns its connection string.
+func ownDatabase(t testing.TB) string {
+	t.Helper()
+	name := "test_" + strings.ToLower(rand.Text())
+	sqlExec(t, sharedDB.pool, `CREATE DATABASE `+name)
+	t.Cleanup(func() { sqlExec(t, sharedDB.pool, `DROP DATABASE `+name+` WITH (FORCE)`) })
+	u, err := url.Parse(sharedDatabaseURL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	u.Path = "/" + name
+	return u.String()
+}
+
+func sharedDatabaseURL() string { return sharedDB.pool.Config().ConnString() }
+
+// A runner is a pool or a transaction.
+type runner interface {
+	Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error)
+	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
+}
+
+func sqlExec(t testing.TB, on runner, sql string, args ...any) {
+	t.Helper()
+	if _, err := on.Exec(context.Background(), sql, args...); err != nil {
+		t.Fatalf("%s: %v", sql, err)
+	}
+}
+
+// sqlValue returns the only value of a statement's only row.
+func sqlValue[T any](t testing.TB, on runner, sql string, args ...any) (v T) {
+	t.Helper()
+	if err := on.QueryRow(context.Background(), sql, args...).Scan(&v); err != nil {
+		t.Fatalf("%s: %v", sql, err)
+	}
+	return v
+}
+
+// begin returns a transaction that is rolled back when the test ends.
+func begin(t testing.TB, d *database) pgx.Tx {
+	t.Helper()
+	tx, err := d.pool.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { tx.Rollback(context.Background()) })
+	return tx
+}
+
+// waitUntil waits until a condition holds.
+func waitUntil(t testing.TB, what string, holds func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); !holds(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("waited 20 s for: %s", what)
+		}
+	}
+}
+
+func TestServerSettings(t *testing.T) {
+	t.Parallel()
+	conn, err := pgx.ParseConfig(sharedDatabaseURL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn.RuntimeParams["options"] = "-c statement_timeout=12345" // how the host takes it, asked without the service
+	timeout, pooler := "30s", false
+	switch plain, err := pgx.ConnectConfig(t.Context(), conn); {
+	case err == nil:
+		plain.Close(t.Context())
+	case strings.Contains(err.Error(), "unsupported startup parameter"):
+		pooler, timeout = true, sqlValue[string](t, sharedDB.pool, `SHOW statement_timeout`) // whatever the role has
+	default:
+		t.Fatal(err)
+	}
+	if got := sharedDB.pooler.Load(); got != pooler {
+		t.Errorf("the host is known as a pooler: %t, want %t", got, pooler)
+	}
+	d := openPrepared(t, sharedDatabaseURL())
+	for setting, want := range map[string]string{"application_name": "todo-app", "statement_timeout": timeout} {
+		if got := sqlValue[string](t, d.pool, `SHOW `+setting); got != want {
+			t.Errorf("SHOW %s = %q, want %q", setting, got, want)
+		}
+	}
+}
+
+// A host whose name says nothing is found to be a pooler by its refusal, and
+// only then: openDatabase, unlike open, tells nothing.
+func TestPoolerIsFoundOut(t *testing.T) {
+	t.Parallel()
+	d, err := openDatabase(sharedDatabaseURL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.pool.Close()
+	if n := d.pool.Stat().TotalConns(); n != 0 || d.pool.Stat().NewConnsCount() != 0 {
+		t.Errorf("a new database has %d connections, want none before it is needed", n)
+	}
+	prepare(t, d)
+	if err := d.ping(t.Context()); err != nil {
+		t.Errorf("ping = %v", err)
+	}
+	if got, want := d.pooler.Load(), sharedDB.pooler.Load(); got != want {
+		t.Errorf("found out a pooler: %t, want %t", got, want)
+	}
+}
+
+func TestOneRoundTripARequest(t *testing.T) {
+	t.Parallel()
+	d, count := openCounted(t, sharedDatabaseURL())
+	prepare(t, d)
+	service := httptest.NewServer(newServer(context.Background(), sharedAuth, d, slog.New(slog.DiscardHandler), nil, ""))
+	defer service.Close()
+	c := newClientOf(t, service.URL, "test-"+rand.Text())
+	c.create("warm")
+	task := fmt.Sprintf("/%d", c.create("Milk").ID)
+	api := "/api/" + c.user + "/tasks"
+	for _, row := range []struct {
+		method, path, body string
+		status             int
+		trips              int64
+		header             []string
+	}{
+		{"GET", api, "", 200, 1, nil},
+		{"GET", api + "?completed=false&limit=1&offset=1", "", 200, 1, nil},
+		{"GET", api + "?total=true&before=9999999", "", 200, 1, nil},
+		{"GET", api + "?total=true&completed=true&offset=7", "", 200, 1, nil},
+		{"GET", api + task, "", 200, 1, nil},
+		{"POST", api, `{"title": "Eggs"}`, 201, 1, nil},
+		{"POST", api, `{"title": "Tea"}`, 201, 1, []string{"Idempotency-Key", "k"}},
+		{"POST", api, `{"title": "Tea"}`, 201, 1, []string{"Idempotency-Key", "k"}},
+		{"PUT", api + task, `{}`, 412, 1, []string{"If-Match", `"1"`}},
+		{"PUT", api + task, `{"title": "Oat milk", "description": null}`, 200, 1, nil},
+		{"PATCH", api + task, `{}`, 200, 1, nil},
+		{"PATCH", api + task + "/complete", ``, 200, 1, nil},
+		{"PATCH", api + task + "/complete", `{"completed": false}`, 200, 1, nil},
+		{"DELETE", api + task, "", 204, 1, nil},
+		{"GET", api + task, "", 404, 1, nil},
+		{"PATCH", api + task, `{}`, 404, 1, nil},
+		{"DELETE", api + task, "", 404, 1, nil},
+		{"GET", "/health/ready", "", 200, 1, nil},
+
+		{"GET", "/health/live", "", 200, 0, nil},
+		{"GET", "/api/somebody-else/tasks", "", 403, 0, nil},
+		{"GET", "/api/tasks", "", 404, 0, nil},
+		{"GET", api + "/", "", 404, 0, nil},
+		{"GET", api + "/0", "", 404, 0, nil},
+		{"PATCH", api + "/x", `{}`, 404, 0, nil},
+		{"POST", api + task, `{}`, 405, 0, nil},
+		{"POST", api, `[]`, 400, 0, nil},
+		{"POST", api, `{}`, 422, 0, nil},
+		{"PUT", api + task, `{"title": null}`, 422, 0, nil},
+		{"POST", api, `"` + strings.Repeat("a", maxBody) + `"`, 413, 0, nil},
+		{"GET", api + "?limit=0", "", 422, 0, nil},
+	} {
+		before := count.Load()
+		if a := c.send(row.method, row.path, row.body, row.header...); a.status != row.status || count.Load()-before != row.trips {
+			t.Errorf("%s %s = %d %s after %d round trips, want %d after %d",
+				row.method, row.path, a.status, a.body, count.Load()-before, row.status, row.trips)
+		}
+	}
+	c.authorization = "Bearer e30.e30.e30"
+	before := count.Load()
+	if a := c.do("GET", "", ""); a.status != 401 || count.Load() != before {
+		t.Errorf("a bad token = %d after %d round trips, want 401 after none", a.status, count.Load()-before)
+	}
+	if n := d.pool.Stat().NewConnsCount(); n > 2 { // a pooler was found out by one more
+		t.Errorf("one request after the other opened %d connections", n)
+	}
+}
+
+// What a request gives up is not left running on the server, where it would
+// hold its locks.
+func TestDeadlineEndsTheStatement(t *testing.T) {
+	t.Parallel()
+	c := newClient(t)
+	id := c.create("Milk").ID
+	tx := begin(t, sharedDB)
+	sqlExec(t, tx, `SELECT FROM tasks WHERE user_id = $1 FOR UPDATE`, c.user)
+	for _, row := range []struct {
+		repeatable bool
+		sql        string
+		want       error
+	}{
+		{false, `UPDATE tasks SET title = 'x' WHERE user_id = $1 AND id = $2 RETURNING id`, errNoAnswer},
+		{true, `SELECT id FROM tasks WHERE user_id = $1 AND id = $2 FOR UPDATE`, errNoAnswer},
+	} {
+		marker := "/* " + rand.Text() + " */"
+		running := func() int {
+			return sqlValue[int](t, sharedDB.pool, `SELECT count(*) FROM pg_stat_activity WHERE starts_with(query, $1) AND state = 'active'`, marker)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+		defer cancel()
+		failed := make(chan error)
+		go func() {
+			_, err := query(ctx, sharedDB, row.repeatable, pgx.RowTo[int64], marker+row.sql, c.user, id)
+			failed <- err
+		}()
+		waitUntil(t, "the statement to be blocked", func() bool { return running() == 1 || ctx.Err() != nil })
+		if err := <-failed; !errors.Is(err, row.want) || ctx.Err() == nil {
+			t.Errorf("query(%q) = %v, want %v at the deadline", row.sql, err, row.want)
+		}
+		waitUntil(t, "the statement to be cancelled on the server", func() bool { return running() == 0 })
+	}
+	tx.Rollback(t.Context())
+	if a := c.do("GET", fmt.Sprintf("/%d", id), ""); decode[wireTask](t, a.body).Title != "Milk" {
+		t.Errorf("after the cancelled change: %s, want it undone", a.body)
+	}
+}
+
+func TestRequestsHaveADeadline(t *testing.T) {
+	t.Parallel()
+	s := newServer(t.Context(), sharedAuth, sharedDB, slog.New(slog.DiscardHandler), nil, "")
+	s.handle(func(ctx context.Context, _ http.ResponseWriter, _ *http.Request) error {
+		if deadline, ok := ctx.Deadline(); !ok || time.Until(deadline) > 15*time.Second || time.Until(deadline) < 10*time.Second {
+			t.Errorf("a request's work ends in %v, want 15 s", time.Until(deadline))
+		}
+		return nil
+	})(&response{ResponseWriter: httptest.NewRecorder()}, httptest.NewRequest("GET", "/", nil))
+}
+
+// Twenty clients go away while their changes wait for a lock: the changes are
+// made all the same, and no connection is lost to it.
+func TestAbandonedRequestsKeepTheirConnections(t *testing.T) {
+	t.Parallel()
+	const each = 10
+	d := openPrepared(t, sharedDatabaseURL())
+	var gone atomic.Int64
+	api := newServer(context.Background(), sharedAuth, d, slog.New(slog.DiscardHandler), nil, "")
+	service := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		context.AfterFunc(r.Context(), func() { gone.Add(1) })
+		api.ServeHTTP(w, r)
+	}))
+	defer service.Close()
+	c := newClientOf(t, service.URL, "test-"+rand.Text())
+	for range each {
+		c.create("Milk")
+	}
+	var opened int64
+	for _, completed := range []bool{true, false} {
+		tasks := decode[[]wireTask](t, c.do("GET", "", "").body)
+		tx := begin(t, sharedDB)
+		sqlExec(t, tx, `SELECT FROM tasks WHERE user_id = $1 FOR UPDATE`, c.user)
+		ctx, abort := context.WithCancel(t.Context())
+		defer abort()
+		var clients sync.WaitGroup
+		for _, task := range tasks {
+			path := fmt.Sprintf("%s/api/%s/tasks/%d", service.URL, c.user, task.ID)
+			r, err := http.NewRequestWithContext(ctx, "PATCH", path, strings.NewReader(fmt.Sprintf(`{"completed": %t}`, completed)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.Header.Set("Authorization", c.authorization)
+			clients.Go(func() {
+				if res, err := http.DefaultClient.Do(r); err == nil {
+					res.Body.Close()
+					t.Errorf("a blocked change = %d, want no answer before the lock is released", res.StatusCode)
+				}
+			})
+		}
+		waitUntil(t, "all statements to be under way", func() bool { return d.pool.Stat().AcquiredConns() == each })
+		if opened == 0 {
+			opened = d.pool.Stat().NewConnsCount()
+		}
+		before := gone.Load()
+		abort()
+		clients.Wait()
+		waitUntil(t, "the service to see its clients gone", func() bool { return gone.Load() >= before+each })
+		tx.Rollback(t.Context())
+		waitUntil(t, "the abandoned changes to end", func() bool { return d.pool.Stat().AcquiredConns() == 0 })
+		for _, task := range decode[[]wireTask](t, c.do("GET", "", "").body) {
+			if task.Completed != completed {
+				t.Errorf("task %d: completed = %t after its client went away, want the change made", task.ID, task.Completed)
+			}
+		}
+	}
+	if n := d.pool.Stat().NewConnsCount(); n != opened {
+		t.Errorf("%d connections were opened instead of those of abandoned requests", n-opened)
+	}
+}
+
+// What the database does to a statement, told apart: each error, and how often
+// the statement was sent, which a sequence counts even where it is rolled back.
+func TestErrorsOfAStatement(t *testing.T) {
+	t.Parallel()
+	d := openPrepared(t, ownDatabase(t))
+	sqlExec(t, d.pool, `CREATE SEQUENCE sent`)
+	const die, cancel = `pg_terminate_backend(pg_backend_pid())`, `pg_cancel_backend(pg_backend_pid())`
+	for _, row := range []struct {
+		name, sql  string
+		repeatable bool
+		want       error // nil: the statement's own
+		code       string
+		sent       int
+	}{
+		{"read that loses its connection once", `SELECT CASE nextval('sent') WHEN 1 THEN ` + die + `::int + length(pg_sleep(9)::text) ELSE 1 END`, true, nil, "", 2},
+		{"read that always does", `SELECT nextval('sent')::int, ` + die + `, pg_sleep(9)`, true, errNoAnswer, "", 2},
+		{"write that does", `SELECT nextval('sent')::int, ` + die + `, pg_sleep(9)`, false, errNoAnswer, "", 1},
+		{"read out of time", `SELECT nextval('sent')::int, ` + cancel + `, pg_sleep(9)`, true, errUnavailable, "57014", 1},
+		{"write out of time", `SELECT nextval('sent')::int, ` + cancel + `, pg_sleep(9)`, false, errUnavailable, "57014", 1},
+		{"fault of a read", `SELECT nextval('sent')::int / 0`, true, nil, "22012", 1},
+		{"fault of a write", `SELECT nextval('sent')::int / 0`, false, nil, "22012", 1},
+		{"value of another type", `SELECT nextval('sent')::text || 'x'`, true, nil, "scan", 1},
+	} {
+		sqlExec(t, d.pool, `ALTER SEQUENCE sent RESTART`)
+		found, err := query(t.Context(), d, row.repeatable, func(r pgx.CollectableRow) (n int, err error) {
+			return n, r.Scan(append([]any{&n}, make([]any, len(r.FieldDescriptions())-1)...)...)
+		}, row.sql)
+		code := ""
+		if pg, ok := errors.AsType[*pgconn.PgError](err); ok {
+			code = pg.Code
+		} else if _, ok := errors.AsType[pgx.ScanArgError](err); ok {
+			code = "scan"
+		}
+		refused, _ := errors.AsType[refusal](err)
+		want, _ := row.want.(refusal)
+		if refused != want || row.code != "" && code != row.code || row.code == "" && want.status == 0 && (err != nil || len(found) != 1) {
+			t.Errorf("%s: %v, %v (code %q), want %v, code %q", row.name, found, err, code, row.want, row.code)
+		}
+		if n := sqlValue[int](t, d.pool, `SELECT last_value FROM sent`); n != row.sent {
+			t.Errorf("%s was sent %d times, want %d", row.name, n, row.sent)
+		}
+	}
+}
+
+// Nothing was sent yet: even a write may be tried again, and is known not to
+// have happened in the end.
+func TestErrorsBeforeAStatement(t *testing.T) {
+	t.Parallel()
+	var failures atomic.Int64
+	d := open(t, sharedDatabaseURL(), func(config *pgxpool.Config) {
+		dial := config.ConnConfig.DialFunc
+		config.ConnConfig.DialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
+			if failures.Add(-1) >= 0 {
+				return nil, errors.New("no way to the database")
+			}
+			return dial(ctx, network, address)
+		}
+	})
+	write := func(patience time.Duration) error {
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		defer cancel()
+		_, err := query(ctx, d, false, pgx.RowTo[int], `SELECT 1`)
+		return err
+	}
+	if err := write(100 * time.Millisecond); !errors.Is(err, errUnavailable) || d.pool.Stat().NewConnsCount() != 0 {
+		t.Errorf("before the schema is there: %v, want %v and no connection", err, errUnavailable)
+	}
+	close(d.ready)
+	failures.Store(1 << 30)
+	if err := write(300 * time.Millisecond); !errors.Is(err, errUnavailable) || failures.Load() > 1<<30-2 {
+		t.Errorf("no connection: %v after %d tries, want %v after several", err, 1<<30-failures.Load(), errUnavailable)
+	}
+	failures.Store(3)
+	if err := write(15 * time.Second); err != nil {
+		t.Errorf("a connection at the fourth try: %v, want none", err)
+	}
+	for range maxConns {
+		d.slots <- struct{}{}
+	}
+	if err := write(100 * time.Millisecond); !errors.Is(err, errUnavailable) {
+		t.Errorf("all connections busy: %v, want %v", err, errUnavailable)
+	}
+}
+
+func TestInstancesStartTogether(t *testing.T) {
+	t.Parallel()
+	for range 4 {
+		u := ownDatabase(t)
+		var instances sync.WaitGroup
+		start := make(chan struct{})
+		for range 8 {
+			d, err := openDatabase(u)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer d.pool.Close()
+			instances.Go(func() {
+				<-start
+				// migrate, so that no second try hides a race; the first finds out a pooler.
+				d.pooler.Store(sharedDB.pooler.Load())
+				if err := d.migrate(t.Context()); err != nil {
+					t.Errorf("one of eight instances: %v", err)
+				}
+			})
+		}
+		close(start)
+		instances.Wait()
+	}
+}
+
+const indexes = `SELECT count(*) FROM pg_indexes WHERE tablename = 'tasks'`
+
+// A database that has the schema is not touched: not even locks that exclude
+// everything keep an instance from starting.
+func TestCurrentSchemaTakesOneRoundTrip(t *testing.T) {
+	t.Parallel()
+	u := ownDatabase(t)
+	tx := begin(t, openPrepared(t, u))
+	sqlExec(t, tx, `LOCK TABLE tasks IN ACCESS EXCLUSIVE MODE`)
+	sqlExec(t, tx, `SELECT pg_advisory_xact_lock($1)`, schemaLock)
+
+	d, count := openCounted(t, u)
+	sqlExec(t, d.pool, `SELECT 1`)
+	before := count.Load()
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	err := d.prepare(ctx, slog.New(slog.DiscardHandler))
+	if n := count.Load() - before; err != nil || n != 1 {
+		t.Errorf("prepare a current database = %v after %d round trips, want 1", err, n)
+	}
+}
+
+func TestOldSchemaIsBroughtUpToDate(t *testing.T) {
+	t.Parallel()
+	u := ownDatabase(t)
+	d := openPrepared(t, u)
+	const mark = `SELECT obj_description('tasks'::regclass, 'pg_class')`
+	current, made := sqlValue[string](t, d.pool, mark), sqlValue[int](t, d.pool, indexes)
+	sqlExec(t, d.pool, `INSERT INTO tasks (user_id, title) VALUES ('u', 'kept')`)
+	sqlExec(t, d.pool, `DROP INDEX tasks_user_id_completed_id_idx`)
+	sqlExec(t, d.pool, `COMMENT ON TABLE tasks IS 'todo-app schema old'`)
+
+	// While somebody holds the lock, a start gives up after a while, leaves
+	// nothing behind and may be repeated.
+	tx := begin(t, d)
+	sqlExec(t, tx, `SELECT pg_advisory_xact_lock($1)`, schemaLock)
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	waiting := open(t, u, func(*pgxpool.Config) {})
+	err := waiting.migrate(ctx)
+	if pg, ok := errors.AsType[*pgconn.PgError](err); !ok || pg.Code != "55P03" || !transient(err) {
+		t.Errorf("migrate beside another = %v, want lock_timeout's 55P03, to be tried again", err)
+	}
+	if got := sqlValue[string](t, waiting.pool, `SHOW lock_timeout`); got != "0" {
+		t.Errorf("lock_timeout = %s after the transaction, want it gone", got)
+	}
+	tx.Rollback(t.Context())
+
+	openPrepared(t, u)
+	if got, n := sqlValue[string](t, d.pool, mark), sqlValue[int](t, d.pool, indexes); got != current || n != made {
+		t.Errorf("applied again: mark %q, %d indexes, want %q, %d", got, n, current, made)
+	}
+	if got := sqlValue[string](t, d.pool, `SELECT string_agg(user_id || title, ',') FROM tasks`); got != "ukept" {
+		t.Errorf("tasks after the schema was applied again: %q, want the one that was there", got)
+	}
+	if n := sqlValue[int](t, d.pool, `SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`); n != 0 {
+		t.Errorf("%d advisory locks outlive their transaction", n)
+	}
+}
+
+func TestForeignTableIsLeftAlone(t *testing.T) {
+	t.Parallel()
+	for _, sql := range []string{
+		`CREATE TABLE tasks AS SELECT 7 AS id, 'theirs' AS note`,
+		`CREATE TABLE tasks AS SELECT 7 AS id, 'theirs' AS note; COMMENT ON TABLE tasks IS 'ours, not yours'`,
+		`CREATE VIEW tasks AS SELECT 7 AS id, 'theirs' AS note`,
+	} {
+		d := open(t, ownDatabase(t), func(*pgxpool.Config) {})
+		sqlExec(t, d.pool, sql)
+		state := func() string {
+			return sqlValue[string](t, d.pool, `
+				SELECT (SELECT string_agg(row_to_json(tasks)::text, ',') FROM tasks) || relkind::text
+				    || COALESCE(obj_description(oid, 'pg_class'), 'no comment') || xmin || (`+indexes+`)
+				FROM pg_class
+				WHERE oid = 'tasks'::regclass`)
+		}
+		before, start := state(), time.Now()
+		err := d.prepare(t.Context(), slog.New(slog.DiscardHandler))
+		if !errors.Is(err, errForeignTable) || time.Since(start) > 10*time.Second {
+			t.Errorf("%s: prepare = %v after %v, want %v at once", sql, err, time.Since(start), errForeignTable)
+		}
+		if after := state(); after != before {
+			t.Errorf("%s: was %s, is %s, want it untouched", sql, before, after)
+		}
+		select {
+		case <-d.ready:
+			t.Errorf("%s: the requests are let go", sql)
+		default:
+		}
+	}
+}
+
+// Each session would keep Neon awake for five minutes more.
+func TestIdleServiceOpensNoSession(t *testing.T) {
+	t.Parallel()
+	u := ownDatabase(t)
+	d := openPrepared(t, u)
+	name := strings.TrimPrefix(d.pool.Config().ConnConfig.Database, "/")
+	sessions := func() int {
+		return sqlValue[int](t, sharedDB.pool, `SELECT sessions FROM pg_stat_database WHERE datname = $1`, name)
+	}
+	waitUntil(t, "the first session to be counted", func() bool { return sessions() > 0 })
+	for end := time.Now().Add(1500 * time.Millisecond); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+		if n := sessions(); n != 1 {
+			t.Fatalf("%d sessions of an idle service, want the one that looked at the schema", n)
+		}
+	}
+}
