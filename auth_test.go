@@ -278,7 +278,7 @@ func TestRefusedTokens(t *testing.T) {
 
 		{"no exp", of(fmt.Sprintf(`{"sub":%q,"iat":%s}`, user, in(0))), "lacks exp"},
 		{"exp under another name", of(fmt.Sprintf(`{"sub":%q,"Exp":%s}`, user, in(time.Hour))), "lacks exp"},
-		{"expired", of(fmt.Sprintf(`{"sub":%q,"exp":%s}`, user, in(-time.Minute))), "expired"},
+		{"expired", of(fmt.Sprintf(`{"sub":%q,"exp":%s}`, user, in(-time.Minute))), ": expired"},
 		{"exp 0", of(fmt.Sprintf(`{"sub":%q,"exp":0}`, user)), ""},
 		{"exp before 1970", of(fmt.Sprintf(`{"sub":%q,"exp":-1}`, user)), ""},
 		{"exp in milliseconds", of(fmt.Sprintf(`{"sub":%q,"exp":%s000}`, user, in(time.Hour))), years},
@@ -466,7 +466,7 @@ func TestSecrets(t *testing.T) {
 	}
 }
 
-// environment are an environment.
+// An environment is what run reads its settings from.
 type environment map[string]string
 
 func (s environment) get(name string) string { return s[name] }

@@ -208,7 +208,10 @@ func (d *database) migrate(ctx context.Context) error {
 		}
 		return comment != nil && *comment == mark, nil
 	}
-	const look = `SELECT to_regclass('tasks')::text, obj_description(to_regclass('tasks'), 'pg_class')`
+	// Both from the statement's snapshot: to_regclass alone would see a table that another instance has just
+	// committed, without its comment.
+	const look = `SELECT (SELECT relname::text FROM pg_class WHERE oid = to_regclass('tasks')),
+		obj_description(to_regclass('tasks'), 'pg_class')`
 	if done, err := current(d.pool.QueryRow(ctx, look)); done || err != nil {
 		return err
 	}

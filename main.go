@@ -9,6 +9,8 @@ import (
 	"cmp"
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
+	_ "embed"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -293,6 +295,8 @@ func (s *server) routes() map[string]endpoint {
 		"DELETE /api/{user_id}/tasks/{id}":         s.forUser(s.deleteTask),
 		"GET /health/live":                         s.live,
 		"GET /health/ready":                        s.ready,
+		"GET /openapi.json":                        document("application/json", openAPI),
+		"GET /docs":                                document("text/html; charset=utf-8", docs),
 	}
 }
 
@@ -576,6 +580,55 @@ func loneSurrogate(text []byte) bool {
 		}
 	}
 	return false
+}
+
+//go:embed openapi.json
+var openAPI []byte
+
+//go:embed docs.html
+var docs []byte
+
+// docsPolicy allows docs.html its one script, Swagger UI of one version, and calls to this API.
+const docsPolicy = "default-src 'none'; " +
+	"script-src https://cdn.jsdelivr.net/npm/swagger-ui-dist@5.35.0/ 'sha256-iH8ahaXmL3oCvTQtv4MGS33RJ8UfK8Vy90qTpVQJ2kI='; " +
+	"style-src https://cdn.jsdelivr.net/npm/swagger-ui-dist@5.35.0/; style-src-attr 'unsafe-inline'; " +
+	"img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+
+// document serves content from memory.
+func document(contentType string, content []byte) endpoint {
+	etag := fmt.Sprintf(`"%x"`, sha256.Sum256(content))
+	return func(_ context.Context, w http.ResponseWriter, r *http.Request) error {
+		if notModified(w, r, etag) {
+			return nil
+		}
+		w.Header().Set("Content-Security-Policy", docsPolicy)
+		w.Header().Set("Content-Type", contentType)
+		w.Header().Set("Content-Length", strconv.Itoa(len(content)))
+		w.WriteHeader(http.StatusOK)
+		w.Write(content)
+		return nil
+	}
+}
+
+// notModified sets the ETag of an answer, and gives it, 304, to a client that has this version.
+func notModified(w http.ResponseWriter, r *http.Request, etag string) bool {
+	w.Header().Set("ETag", etag)
+	if !slices.ContainsFunc(tags(r.Header["If-None-Match"]), func(tag string) bool {
+		return tag == "*" || strings.TrimPrefix(tag, "W/") == etag // RFC 9110, 13.1.2: the comparison is weak
+	}) {
+		return false
+	}
+	w.WriteHeader(http.StatusNotModified)
+	return true
+}
+
+// tags splits the entity tags of an If-Match or If-None-Match header.
+func tags(header []string) []string {
+	list := strings.Split(strings.Join(header, ","), ",") // no tag of ours has a comma in it
+	for i := range list {
+		list[i] = strings.TrimSpace(list[i])
+	}
+	return list
 }
 
 // live answers as long as the process does. It must not touch the database: a

@@ -47,15 +47,6 @@ func (i instant) MarshalText() ([]byte, error) {
 // etag is the task's version: no two updates of a task share a microsecond.
 func (t task) etag() string { return fmt.Sprintf(`"%d"`, time.Time(t.UpdatedAt).UnixMicro()) }
 
-// tags splits the entity tags of an If-Match or If-None-Match header.
-func tags(header []string) []string {
-	list := strings.Split(strings.Join(header, ","), ",") // no tag of ours has a comma in it
-	for i := range list {
-		list[i] = strings.TrimSpace(list[i])
-	}
-	return list
-}
-
 // ifMatch returns the versions under which a change may be made, nil for any.
 // What is no tag of ours, a weak one included, matches none.
 func ifMatch(r *http.Request) []time.Time {
@@ -387,11 +378,7 @@ func (s *server) getTask(ctx context.Context, w http.ResponseWriter, r *http.Req
 	if err != nil {
 		return fmt.Errorf("get task: %w", err)
 	}
-	if slices.ContainsFunc(tags(r.Header["If-None-Match"]), func(tag string) bool {
-		return tag == "*" || strings.TrimPrefix(tag, "W/") == t.etag() // RFC 9110, 13.1.2: the comparison is weak
-	}) {
-		w.Header().Set("ETag", t.etag())
-		w.WriteHeader(http.StatusNotModified)
+	if notModified(w, r, t.etag()) {
 		return nil
 	}
 	return writeTask(w, http.StatusOK, t)
