@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 	"unicode/utf8"
 
@@ -19,6 +20,8 @@ const (
 	clockLeeway   = 30 * time.Second // between the front end's clock and ours
 	tokenLifetime = time.Hour        // of the tokens that `todo-app token` makes
 	year10000     = 253402300800     // seconds since 1970
+	maxKnown      = 1000             // tokens whose verdict is remembered, and
+	maxKnownSize  = 1000             // bytes of such a token
 )
 
 // An authenticator verifies the HS256 tokens (RFC 7519) that the front end
@@ -27,13 +30,22 @@ type authenticator struct {
 	keys             jwt.VerificationKeySet // the first one signs
 	parser           *jwt.Parser
 	audience, issuer string // required of a token unless ""
+
+	mu    sync.Mutex
+	known map[string]verdict // of tokens whose every byte but the time was checked before
+}
+
+// A verdict is for whom and when a token is good.
+type verdict struct {
+	user          string
+	begins, until time.Time // the leeway included
 }
 
 // newAuthenticator takes the settings BETTER_AUTH_SECRET, BETTER_AUTH_SECRETS
 // (Better Auth's "2:new,1:old"), JWT_AUDIENCE and JWT_ISSUER, "" where unset.
 // Its errors name the setting and show no secret.
 func newAuthenticator(secret, secrets, audience, issuer string) (*authenticator, error) {
-	a := &authenticator{audience: audience, issuer: issuer}
+	a := &authenticator{audience: audience, issuer: issuer, known: map[string]verdict{}}
 	if secret == "" && secrets == "" {
 		return nil, errors.New("BETTER_AUTH_SECRET is not set: it takes the secret that the Next.js side has under the same name")
 	}
@@ -130,8 +142,29 @@ func refuseToken(reason string) error { return fmt.Errorf("%w: %s", errBadToken,
 
 var errCritical = errors.New("crit header")
 
-// verify returns the user whom a token speaks for.
+// verify returns the user whom a token speaks for. A front end sends the same
+// token for minutes: its signature and claims are checked once, its time each time.
 func (a *authenticator) verify(raw string) (string, error) {
+	a.mu.Lock()
+	v, ok := a.known[raw]
+	a.mu.Unlock()
+	if now := time.Now(); ok && !now.Before(v.begins) && now.Before(v.until) {
+		return v.user, nil
+	}
+	v, err := a.judge(raw)
+	if err == nil && len(raw) <= maxKnownSize {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		if len(a.known) >= maxKnown {
+			clear(a.known)
+		}
+		a.known[raw] = v
+	}
+	return v.user, err
+}
+
+// judge checks everything about a token.
+func (a *authenticator) judge(raw string) (verdict, error) {
 	claims := jwt.MapClaims{} // and not RegisteredClaims, which would take "SUB" for "sub"
 	token, err := a.parser.ParseWithClaims(raw, claims, func(t *jwt.Token) (any, error) {
 		if _, ok := t.Header["crit"]; ok { // RFC 7515, 4.1.11: extensions that we would have to understand
@@ -140,20 +173,29 @@ func (a *authenticator) verify(raw string) (string, error) {
 		return a.keys, nil
 	})
 	if err != nil {
-		return "", refuseToken(refusalReason(token, err))
+		return verdict{}, refuseToken(refusalReason(token, err))
 	}
 	for _, name := range []string{"exp", "nbf"} {
 		if t, ok := claims[name].(float64); ok && (t < 0 || t >= year10000) {
-			return "", refuseToken(name + " is outside the years 1970 to 9999: is it in milliseconds?")
+			return verdict{}, refuseToken(name + " is outside the years 1970 to 9999: is it in milliseconds?")
 		}
 	}
 	// No other claim stands in for sub: Better Auth signs e-mail links and session
 	// cookies with the same secret, and those carry an id and an e-mail address.
 	user, ok := claims["sub"].(string)
 	if !ok || checkUser(user) != nil {
-		return "", refuseToken("sub is missing or no usable user id: is this a session cookie or an e-mail link's token?")
+		return verdict{}, refuseToken("sub is missing or no usable user id: is this a session cookie or an e-mail link's token?")
 	}
-	return user, nil
+	v := verdict{user: user}
+	if nbf, err := claims.GetNotBefore(); err == nil && nbf != nil {
+		v.begins = nbf.Add(-clockLeeway)
+	}
+	exp, err := claims.GetExpirationTime()
+	if err != nil || exp == nil {
+		return verdict{}, refuseToken("it lacks exp")
+	}
+	v.until = exp.Add(clockLeeway)
+	return v, nil
 }
 
 // refusalReason puts the parser's error in words that lead to its cause.

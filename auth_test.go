@@ -760,3 +760,38 @@ func FuzzVerify(f *testing.F) {
 		}
 	})
 }
+
+// A token's verdict is remembered, but not past the token's time, and not of any number of tokens.
+func TestKnownTokens(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, err := newAuthenticator(testSecret, "", "", "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		token, err := a.sign("alice")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, row := range []struct {
+			wait time.Duration
+			good bool
+		}{{0, true}, {0, true}, {tokenLifetime + clockLeeway - time.Second, true}, {time.Second, false}, {0, false}} {
+			time.Sleep(row.wait)
+			if user, err := a.verify(token); (err == nil && user == "alice") != row.good {
+				t.Errorf("after %v more: %q, %v, want good %v", row.wait, user, err, row.good)
+			}
+		}
+		for i := range maxKnown + 10 {
+			other, err := a.sign(fmt.Sprint("user ", i))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := a.verify(other); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if n := len(a.known); n > maxKnown {
+			t.Errorf("%d tokens are remembered, want at most %d", n, maxKnown)
+		}
+	})
+}

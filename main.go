@@ -46,6 +46,9 @@ const (
 	idleTimeout    = 2 * time.Minute  // between the requests of a connection
 	readyTimeout   = 3 * time.Second
 
+	// percent; the live heap is some 4 MB, and collected at four times that a list costs a quarter less.
+	gcPercent = 300
+
 	maxHeader = 64<<10 - 4<<10 // bytes; net/http grants 4 KiB more
 	maxBody   = 64 << 10       // bytes; four times the largest sensible task
 
@@ -56,6 +59,7 @@ const (
 )
 
 func main() {
+	debug.SetGCPercent(gcPercent)
 	if err := run(context.Background(), os.Args[1:], os.Getenv, os.Stdout); err != nil {
 		out := os.Stdout
 		if len(os.Args) > 1 {
@@ -613,7 +617,8 @@ func document(contentType string, content []byte) endpoint {
 // notModified sets the ETag of an answer, and gives it, 304, to a client that has this version.
 func notModified(w http.ResponseWriter, r *http.Request, etag string) bool {
 	w.Header().Set("ETag", etag)
-	if !slices.ContainsFunc(tags(r.Header["If-None-Match"]), func(tag string) bool {
+	header := r.Header["If-None-Match"]
+	if header == nil || !slices.ContainsFunc(tags(header), func(tag string) bool {
 		return tag == "*" || strings.TrimPrefix(tag, "W/") == etag // RFC 9110, 13.1.2: the comparison is weak
 	}) {
 		return false
