@@ -194,9 +194,16 @@ func (l *ledger) load(t *testing.T, c *client, name string, stop <-chan struct{}
 	}
 }
 
-// check compares the ledger with the database.
+// check compares the ledger with the database, once the writes whose answers
+// were lost have ended too.
 func (l *ledger) check(t *testing.T, user string) {
 	t.Helper()
+	now := sqlValue[time.Time](t, sharedDB.pool, `SELECT clock_timestamp()`)
+	eventually(t, "end of the writes under way", func() bool {
+		return sqlValue[int](t, sharedDB.pool, `SELECT count(*) FROM pg_stat_activity
+			WHERE datname = current_database() AND state = 'active' AND query LIKE '%INSERT INTO tasks%'
+			AND query_start < $1 AND pid <> pg_backend_pid()`, now) == 0
+	})
 	stored := map[string]int{}
 	rows, err := sharedDB.pool.Query(t.Context(), `SELECT title FROM tasks WHERE user_id = $1`, user)
 	if err != nil {
