@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"net/http"
+	"net/url"
 	"reflect"
 	"regexp"
 	"slices"
@@ -132,6 +133,9 @@ func mismatch(at string, schema object, v any) error {
 		if n := float64(utf8.RuneCountInString(v)); n < number("minLength", 0) || n > number("maxLength", n) {
 			return fmt.Errorf("%s has %v characters", at, n)
 		}
+		if pattern, ok := schema["pattern"].(string); ok && !matches(pattern, v) {
+			return fmt.Errorf("%s is %q, declared %s", at, v, pattern)
+		}
 		if _, err := time.Parse(time.RFC3339, v); schema["format"] == "date-time" && (err != nil || !strings.HasSuffix(v, "Z")) {
 			return fmt.Errorf("%s is no time in UTC: %q", at, v)
 		}
@@ -164,6 +168,11 @@ func mismatch(at string, schema object, v any) error {
 	return nil
 }
 
+// matches is a pattern of the document, which is ECMAScript's, on text.
+func matches(pattern, text string) bool {
+	return regexp.MustCompile(regexp.MustCompile(`\\u(....)`).ReplaceAllString(pattern, `\x{$1}`)).MatchString(text)
+}
+
 func TestOpenAPIHasEveryRoute(t *testing.T) {
 	t.Parallel()
 	if version, _ := openAPIDocument()["openapi"].(string); !strings.HasPrefix(version, "3.1.") {
@@ -184,26 +193,51 @@ func TestOpenAPIHasEveryRoute(t *testing.T) {
 	}
 }
 
-// Each refusal's own words are in the document, as an example or in a description, and its status
-// is declared wherever the adapter or the handlers can give it.
+// The document's examples of refusals are the service's own words, and all of them, under their
+// statuses; a status is declared wherever the adapter or the handlers can give it.
 func TestOpenAPIExamplesAreTrue(t *testing.T) {
 	t.Parallel()
-	texts := map[string]float64{}
+	missing := map[string]string{}
 	for _, e := range []refusal{errBadJSON, errCutBody, errNoToken, errBadToken, errNotYours, errNoTask, errSlowBody, errChanged, errLargeBody, errNotJSON, errKeyReused, errInternal, errUnavailable, errNoAnswer} {
-		texts[e.detail] = float64(e.status)
+		missing[e.detail] = fmt.Sprint(e.status)
 	}
-	texts["title must not be blank"] = 422
-	statuses := map[string]string{"BadRequest": "400", "Unauthorized": "401", "Forbidden": "403", "NotFound": "404", "Timeout": "408",
-		"PreconditionFailed": "412", "TooLarge": "413", "UnsupportedMediaType": "415", "Unprocessable": "422", "InternalError": "500", "Unavailable": "503"}
-	for name, response := range openAPIDocument()["components"].(object)["responses"].(object) {
-		media := response.(object)["content"].(object)["application/json"]
-		if media == nil {
-			continue
+	_, blank := parseChange(map[string]json.RawMessage{"title": []byte(`" "`)})
+	_, limit := parsePage(url.Values{"limit": {"0"}})
+	missing[blank.Error()], missing[limit.Error()] = "422", "422"
+	texts := maps.Clone(missing)
+	for path, item := range openAPIDocument()["paths"].(object) {
+		for method, op := range item.(object) {
+			if method == "parameters" {
+				continue
+			}
+			for status, response := range op.(object)["responses"].(object) {
+				content, _ := resolve(response)["content"].(object)
+				media := resolve(content["application/json"])
+				examples := []any{}
+				if one, ok := media["example"]; ok {
+					examples = append(examples, one)
+				}
+				for _, one := range resolve(media["examples"]) {
+					examples = append(examples, one.(object)["value"])
+				}
+				if status >= "400" && media != nil && len(examples) == 0 {
+					t.Errorf("%s %s: %s has no example", method, path, status)
+				}
+				for _, example := range examples {
+					if err := mismatch("example", resolve(media["schema"]), example); err != nil {
+						t.Errorf("%s %s %s: %v", method, path, status, err)
+					}
+					text, _ := resolve(example)["detail"].(string)
+					if status >= "400" && texts[text] != status {
+						t.Errorf("%s %s: the example %q is answered with %q, want %s", method, path, text, texts[text], status)
+					}
+					delete(missing, text)
+				}
+			}
 		}
-		example := media.(object)["example"].(object)["detail"].(string)
-		if got := fmt.Sprint(texts[example]); got != statuses[name] {
-			t.Errorf("the example of %s, %q, is answered with %s, want %s", name, example, got, statuses[name])
-		}
+	}
+	if len(missing) > 0 {
+		t.Errorf("the document lacks %q", missing)
 	}
 	for name, schema := range openAPIDocument()["components"].(object)["schemas"].(object) {
 		examples, _ := schema.(object)["examples"].([]any)
@@ -218,20 +252,46 @@ func TestOpenAPIExamplesAreTrue(t *testing.T) {
 			if method == "parameters" || !strings.HasPrefix(path, "/api/") {
 				continue
 			}
-			want := []string{"401", "403", "431", "500", "503"}
+			want := []string{"401", "403", "500", "503"}
 			if strings.Contains(path, "{id}") {
 				want = append(want, "404")
 			}
 			if method != "get" && strings.Contains(path, "{id}") {
 				want = append(want, "412")
 			}
+			if method != "delete" && (method != "get" || !strings.Contains(path, "{id}")) {
+				want = append(want, "422")
+			}
 			if method == "post" || method == "put" || method == "patch" {
-				want = append(want, "400", "408", "413", "415", "422")
+				want = append(want, "400", "408", "413", "415")
 			}
 			for _, status := range want {
 				if item.(object)[method].(object)["responses"].(object)[status] == nil {
 					t.Errorf("%s %s does not declare %s", method, path, status)
 				}
+			}
+		}
+	}
+}
+
+// Swagger UI sends the examples and defaults of parameters that nobody filled in: an If-Match that
+// never matches, a key that is used up, an offset beside a before.
+func TestOpenAPIFillsInNothing(t *testing.T) {
+	t.Parallel()
+	for name, p := range openAPIDocument()["components"].(object)["parameters"].(object) {
+		parameter := p.(object)
+		filled := parameter["example"] != nil || parameter["examples"] != nil
+		for _, member := range []string{"default", "example", "examples"} {
+			filled = filled || parameter["schema"].(object)[member] != nil
+		}
+		if filled && parameter["required"] != true && name != "Limit" { // its default is the service's own
+			t.Errorf("%s is sent with a value that nobody chose", name)
+		}
+	}
+	for name, schema := range openAPIDocument()["components"].(object)["schemas"].(object) {
+		for member, property := range schema.(object)["properties"].(object) {
+			if property.(object)["default"] != nil { // generated types take it for required
+				t.Errorf("%s.%s has a default", name, member)
 			}
 		}
 	}
@@ -254,6 +314,8 @@ func TestOpenAPIChecksAnswers(t *testing.T) {
 		{200, h, strings.Replace(good, `"completed":false,`, ``, 1)},
 		{200, h, strings.Replace(good, `{`, `{"version":1,`, 1)},
 		{200, h, strings.Replace(good, `"t"`, `""`, 1)},
+		{200, h, strings.Replace(good, `"t"`, `"\u2003\u0085"`, 1)},
+		{200, h, strings.Replace(good, `null`, `"a\u0000b"`, 1)},
 		{200, h, strings.Replace(good, `05Z`, `05+00:00`, 1)},
 		{404, h, `{"detail":["x"]}`},
 	} {
