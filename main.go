@@ -595,7 +595,7 @@ var docs []byte
 // docsPolicy allows docs.html its one script, Swagger UI of one version, and calls to this API.
 const docsPolicy = "default-src 'none'; " +
 	"script-src https://cdn.jsdelivr.net/npm/swagger-ui-dist@5.35.0/ 'sha256-iH8ahaXmL3oCvTQtv4MGS33RJ8UfK8Vy90qTpVQJ2kI='; " +
-	"style-src https://cdn.jsdelivr.net/npm/swagger-ui-dist@5.35.0/; style-src-attr 'unsafe-inline'; " +
+	"style-src https://cdn.jsdelivr.net/npm/swagger-ui-dist@5.35.0/; " +
 	"img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 // document serves content from memory.
