@@ -186,15 +186,12 @@ func (a *authenticator) judge(raw string) (verdict, error) {
 	if !ok || checkUser(user) != nil {
 		return verdict{}, refuseToken("sub is missing or no usable user id: is this a session cookie or an e-mail link's token?")
 	}
-	v := verdict{user: user}
-	if nbf, err := claims.GetNotBefore(); err == nil && nbf != nil {
+	exp, _ := claims.GetExpirationTime() // the parser has required the one
+	nbf, _ := claims.GetNotBefore()      // and read both
+	v := verdict{user: user, until: exp.Add(clockLeeway)}
+	if nbf != nil {
 		v.begins = nbf.Add(-clockLeeway)
 	}
-	exp, err := claims.GetExpirationTime()
-	if err != nil || exp == nil {
-		return verdict{}, refuseToken("it lacks exp")
-	}
-	v.until = exp.Add(clockLeeway)
 	return v, nil
 }
 

@@ -200,15 +200,7 @@ func TestIdempotencyKey(t *testing.T) {
 func TestIdempotencyKeyOnTwoInstances(t *testing.T) {
 	t.Parallel()
 	c := newClient(t)
-	db, err := openDatabase(sharedDB.pool.Config().ConnString())
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(db.pool.Close)
-	if err := db.prepare(t.Context(), slog.New(slog.DiscardHandler)); err != nil {
-		t.Fatal(err)
-	}
-	services := []string{c.service, newService(t, db)}
+	services := []string{c.service, newService(t, openPrepared(t, sharedDatabaseURL()))}
 	for round := range 5 {
 		var answers [20]answer
 		var wg sync.WaitGroup

@@ -418,9 +418,9 @@ func (s *server) cors(w http.ResponseWriter, r *http.Request) (preflight bool) {
 
 // saneID reports whether a client's request id may go into the log and back.
 func saneID(id string) bool {
-	return id != "" && len(id) <= 128 && strings.IndexFunc(id, func(c rune) bool {
+	return id != "" && len(id) <= 128 && !strings.ContainsFunc(id, func(c rune) bool {
 		return !('0' <= c && c <= '9' || 'A' <= c && c <= 'Z' || 'a' <= c && c <= 'z' || strings.ContainsRune("-._:/+=", c))
-	}) < 0
+	})
 }
 
 // traceID returns the trace that Cloud Run, or whoever speaks W3C Trace

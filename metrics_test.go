@@ -13,14 +13,7 @@ import (
 
 func TestMetrics(t *testing.T) {
 	t.Parallel()
-	db, err := openDatabase(sharedDB.pool.Config().ConnString())
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(db.pool.Close)
-	if err := db.prepare(t.Context(), slog.New(slog.DiscardHandler)); err != nil {
-		t.Fatal(err)
-	}
+	db := openPrepared(t, sharedDatabaseURL())
 	s := newServer(context.Background(), sharedAuth, db, slog.New(slog.DiscardHandler), nil, "")
 	public := httptest.NewServer(s)
 	t.Cleanup(public.Close)

@@ -37,7 +37,8 @@ type task struct {
 }
 
 // An instant is a time in UTC that spares encoding/json the second parse that
-// it gives to what time.Time's MarshalJSON returns: a quarter of a list's cost.
+// it gives to what time.Time's MarshalJSON returns, most of what encoding a
+// task takes.
 type instant time.Time
 
 func (i instant) MarshalText() ([]byte, error) {
@@ -381,7 +382,7 @@ func (s *server) getTask(ctx context.Context, w http.ResponseWriter, r *http.Req
 	if notModified(w, r, t.etag()) {
 		return nil
 	}
-	return writeTask(w, http.StatusOK, t)
+	return writeJSON(w, http.StatusOK, t)
 }
 
 func (d *database) getTask(ctx context.Context, user string, id int64) (task, error) {
