@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/rand"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -111,6 +112,39 @@ func TestOneOfTwentyWins(t *testing.T) {
 	}
 	if got := decode[wireTask](t, c.do("GET", path, "").body); got.Title != winner {
 		t.Errorf("stored %q, want what the winner sent, %q", got.Title, winner)
+	}
+}
+
+// A change that waits for somebody's delete finds no task, whatever it asked of it.
+func TestDeleteWinsAgainstIfMatch(t *testing.T) {
+	t.Parallel()
+	c := newClientOf(t, newService(t, openPrepared(t, sharedDatabaseURL())), "test-"+rand.Text())
+	for _, change := range []struct{ method, path string }{{"PATCH", ""}, {"PATCH", "/complete"}, {"DELETE", ""}} {
+		for _, conditional := range []bool{true, false} {
+			path := fmt.Sprintf("/%d", c.create("doomed").ID)
+			var headers []string
+			if conditional {
+				headers = []string{"If-Match", c.do("GET", path, "").header.Get("ETag")}
+			}
+			tx := begin(t, sharedDB)
+			sqlExec(t, tx, `DELETE FROM tasks WHERE user_id = $1`, c.user)
+			var a answer
+			var waiting sync.WaitGroup
+			waiting.Go(func() {
+				a, _ = c.try(change.method, "/api/"+c.user+"/tasks"+path+change.path, `{}`, headers...)
+			})
+			pid := sqlValue[int](t, tx, `SELECT pg_backend_pid()`)
+			eventually(t, "change that waits for the delete", func() bool {
+				return sqlValue[bool](t, sharedDB.pool, `SELECT EXISTS (SELECT FROM pg_stat_activity WHERE $1 = ANY (pg_blocking_pids(pid)))`, pid)
+			})
+			if err := tx.Commit(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			waiting.Wait()
+			if a.status != 404 {
+				t.Errorf("%s %s, conditional %v, of a task deleted meanwhile = %d %s, want 404", change.method, change.path, conditional, a.status, a.body)
+			}
+		}
 	}
 }
 

@@ -438,18 +438,18 @@ func (d *database) changeTask(ctx context.Context, user string, id int64, match 
 		WITH changed AS (`+statement+`
 			WHERE user_id = @user AND id = @id AND (@match::timestamptz[] IS NULL OR updated_at = ANY (@match))
 			RETURNING `+columns+`
+		), kept AS (
+			SELECT `+columns+` FROM tasks
+			WHERE user_id = @user AND id = @id
+			FOR KEY SHARE -- not of the statement's snapshot: a task that was deleted meanwhile is gone
 		)
 		SELECT `+columns+`, true FROM changed
 		UNION ALL
-		SELECT `+columns+`, false FROM tasks
-		WHERE user_id = @user AND id = @id AND NOT EXISTS (SELECT FROM changed)`, args))
-	switch {
-	case err != nil || found.done:
-		return found.task, err
-	case match == nil:
-		return task{}, errNoTask // it was deleted while the statement waited
+		SELECT `+columns+`, false FROM kept WHERE NOT EXISTS (SELECT FROM changed)`, args))
+	if err == nil && !found.done {
+		err = errChanged
 	}
-	return task{}, errChanged
+	return found.task, err
 }
 
 // completeTask sets completed as the body says, or turns it over where the
