@@ -126,7 +126,7 @@ type database struct {
 	ready  chan struct{} // closed once the schema is in place
 	pooler atomic.Bool   // a pooler answers, which refuses the options parameter
 
-	lastLoss                atomic.Int64 // of a connection in use, in nanoseconds since 1970
+	lastLoss                atomic.Int64 // of a connection, in nanoseconds since 1970
 	waits, canceled, waited atomic.Int64 // in the queue: how often, how often in vain, nanoseconds
 }
 
@@ -147,13 +147,13 @@ func newDatabase(config *pgxpool.Config) (*database, error) {
 	return d, err
 }
 
-// isDead pings a connection that idled for a second, or since before another
-// was lost. To a yes pgxpool pings it once more, in vain, and takes another.
-// What killed one in its sleep has killed the rest: all that idle are dropped,
+// isDead pings a connection that idled for a second, and each for a second
+// after one was lost. To a yes pgxpool pings it once more, in vain, and takes
+// another. What silenced one has silenced the rest: all that idle are dropped,
 // or a request could spend a second on each.
 func (d *database) isDead(ctx context.Context, p pgxpool.ShouldPingParams) bool {
 	sinceLoss := time.Since(time.Unix(0, d.lastLoss.Load()))
-	if p.IdleDuration < min(time.Second, sinceLoss) {
+	if p.IdleDuration < time.Second && sinceLoss > time.Second {
 		return false
 	}
 	ctx, cancel := context.WithTimeout(ctx, pingTimeout)
@@ -161,9 +161,15 @@ func (d *database) isDead(ctx context.Context, p pgxpool.ShouldPingParams) bool 
 	if p.Conn.Ping(ctx) == nil {
 		return false
 	}
-	d.pool.Reset()
+	d.lose()
+	if ctx.Err() != nil {
+		d.pool.Reset()
+	}
 	return true
 }
+
+// lose takes down the time at which a connection was found lost.
+func (d *database) lose() { d.lastLoss.Store(time.Now().UnixNano()) }
 
 // prepare applies the schema and lets the waiting queries go. A database that
 // cannot be reached is tried again for 30 s.
@@ -236,7 +242,8 @@ var errForeignTable = errors.New("the database has a table tasks that todo-app d
 // reached, had no capacity or gave up; errNoAnswer where the statement was sent
 // and no answer came, so that it may have run; or else its own fault.
 //
-// A repeatable statement is sent once more when the connection is lost. Which
+// A repeatable statement is sent once more when the connection is lost, after
+// a pause, for a restart takes the others one by one. Which
 // errors mean "lost" is not read from their kind: pgconn.SafeToRetry says yes
 // to statements that ran, and Neon's proxy reports its own failures as XX000.
 // What counts is that pgx has closed the connection.
@@ -253,13 +260,13 @@ func query[T any](ctx context.Context, d *database, repeatable bool, scan pgx.Ro
 		}
 		lost := conn.Conn().IsClosed()
 		if lost {
-			d.lastLoss.Store(time.Now().UnixNano())
+			d.lose()
 		}
 		d.release(conn)
 		switch {
 		case err == nil:
 			return found, nil
-		case lost && repeatable && attempt == 1 && ctx.Err() == nil:
+		case lost && repeatable && attempt == 1 && pause(ctx, 0):
 			continue
 		case lost:
 			return nil, fmt.Errorf("%w: %w", errNoAnswer, err)

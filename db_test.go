@@ -278,35 +278,6 @@ func TestNeonMustProveItself(t *testing.T) {
 	}
 }
 
-// trips counts the round trips of a pool: a write after which somebody reads.
-type trips struct {
-	net.Conn
-	asked, count *atomic.Int64
-}
-
-func (c trips) Write(p []byte) (int, error) {
-	c.asked.Store(1)
-	return c.Conn.Write(p)
-}
-
-func (c trips) Read(p []byte) (int, error) {
-	c.count.Add(c.asked.Swap(0))
-	return c.Conn.Read(p)
-}
-
-// openCounted is open that counts round trips.
-func openCounted(t testing.TB, databaseURL string) (*database, *atomic.Int64) {
-	t.Helper()
-	count := new(atomic.Int64)
-	return open(t, databaseURL, func(config *pgxpool.Config) {
-		dial := config.ConnConfig.DialFunc
-		config.ConnConfig.DialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
-			c, err := dial(ctx, network, address)
-			return trips{c, new(atomic.Int64), count}, err
-		}
-	}), count
-}
-
 // open opens databaseURL with a changed configuration until the test ends. It
 // knows already whether a pooler is there.
 func open(t testing.TB, databaseURL string, change func(*pgxpool.Config)) *database {
@@ -439,7 +410,7 @@ func TestPoolerIsFoundOut(t *testing.T) {
 
 func TestOneRoundTripARequest(t *testing.T) {
 	t.Parallel()
-	d, count := openCounted(t, sharedDatabaseURL())
+	d, r := openOver(t)
 	prepare(t, d)
 	c := newClientOf(t, newService(t, d), "test-"+rand.Text())
 	task := fmt.Sprintf("/%d", c.create("Milk").ID)
@@ -483,34 +454,20 @@ func TestOneRoundTripARequest(t *testing.T) {
 		{"GET", api + "?limit=0", "", 422, 0, nil},
 	} {
 		c.send("GET", "/health/ready", "") // or a pre-ping would be counted where the machine paused for a second
-		before := count.Load()
-		if a := c.send(row.method, row.path, row.body, row.header...); a.status != row.status || count.Load()-before != row.trips {
+		before := r.trips.Load()
+		if a := c.send(row.method, row.path, row.body, row.header...); a.status != row.status || r.trips.Load()-before != row.trips {
 			t.Errorf("%s %s = %d %s after %d round trips, want %d after %d",
-				row.method, row.path, a.status, a.body, count.Load()-before, row.status, row.trips)
+				row.method, row.path, a.status, a.body, r.trips.Load()-before, row.status, row.trips)
 		}
 	}
 	c.authorization = "Bearer e30.e30.e30"
-	before := count.Load()
-	if a := c.do("GET", "", ""); a.status != 401 || count.Load() != before {
-		t.Errorf("a bad token = %d after %d round trips, want 401 after none", a.status, count.Load()-before)
+	before := r.trips.Load()
+	if a := c.do("GET", "", ""); a.status != 401 || r.trips.Load() != before {
+		t.Errorf("a bad token = %d after %d round trips, want 401 after none", a.status, r.trips.Load()-before)
 	}
 	if n := d.pool.Stat().NewConnsCount(); n > 2 { // a pooler was found out by one more
 		t.Errorf("one request after the other opened %d connections", n)
 	}
-}
-
-// A brittle connection can break without a word to its owner: cut, or silent
-// as the connection of a machine that was suspended.
-type brittle struct {
-	net.Conn
-	silent atomic.Bool
-}
-
-func (c *brittle) Write(p []byte) (int, error) {
-	if c.silent.Load() {
-		return len(p), nil
-	}
-	return c.Conn.Write(p)
 }
 
 // All connections break at once, as when Neon goes to sleep, or the machine.
@@ -528,38 +485,15 @@ func TestBrokenConnectionsAreNoticed(t *testing.T) {
 		{"silent after idling, used by one", true, 1100 * time.Millisecond, []bool{false}},
 		{"silent after idling, used by all", true, 1100 * time.Millisecond, nil},
 	} {
-		var mu sync.Mutex
-		var conns []*brittle
-		d := open(t, sharedDatabaseURL(), func(config *pgxpool.Config) {
-			dial := config.ConnConfig.DialFunc
-			config.ConnConfig.DialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
-				c, err := dial(ctx, network, address)
-				mu.Lock()
-				defer mu.Unlock()
-				conns = append(conns, &brittle{Conn: c})
-				return conns[len(conns)-1], err
-			}
-		})
+		d, r := openOver(t)
 		prepare(t, d)
-		var taken []*pgxpool.Conn
-		for range maxConns {
-			conn, err := d.pool.Acquire(t.Context())
-			if err != nil {
-				t.Fatal(err)
-			}
-			taken = append(taken, conn)
-		}
-		for _, conn := range taken {
-			conn.Release()
-		}
+		connect(t, d, maxConns)
 		start := time.Now()
-		mu.Lock()
-		for _, c := range conns {
-			if c.silent.Store(row.silent); !row.silent {
-				c.Close()
-			}
+		if row.silent {
+			r.silence()
+		} else {
+			r.cut()
 		}
-		mu.Unlock()
 		eventually(t, "idle time", func() bool { return time.Since(start) > row.idle })
 		start = time.Now()
 		use := func(repeatable bool) {
@@ -812,13 +746,13 @@ func TestCurrentSchemaTakesOneRoundTrip(t *testing.T) {
 	sqlExec(t, tx, `LOCK TABLE tasks IN ACCESS EXCLUSIVE MODE`)
 	sqlExec(t, tx, `SELECT pg_advisory_xact_lock($1)`, schemaLock)
 
-	d, count := openCounted(t, u)
+	d, r := openDatabaseOver(t, u)
 	sqlExec(t, d.pool, `SELECT 1`)
-	before := count.Load()
+	before := r.trips.Load()
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
 	err := d.prepare(ctx, slog.New(slog.DiscardHandler))
-	if n := count.Load() - before; err != nil || n != 1 {
+	if n := r.trips.Load() - before; err != nil || n != 1 {
 		t.Errorf("prepare a current database = %v after %d round trips, want 1", err, n)
 	}
 }
@@ -911,23 +845,6 @@ func TestForeignTableIsLeftAlone(t *testing.T) {
 		case <-d.ready:
 			t.Errorf("%s: the requests are let go", sql)
 		default:
-		}
-	}
-}
-
-// Each session would keep Neon awake for five minutes more.
-func TestIdleServiceOpensNoSession(t *testing.T) {
-	t.Parallel()
-	u := ownDatabase(t)
-	d := openPrepared(t, u)
-	name := strings.TrimPrefix(d.pool.Config().ConnConfig.Database, "/")
-	sessions := func() int {
-		return sqlValue[int](t, sharedDB.pool, `SELECT sessions FROM pg_stat_database WHERE datname = $1`, name)
-	}
-	eventually(t, "session counted", func() bool { return sessions() > 0 })
-	for end := time.Now().Add(1500 * time.Millisecond); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
-		if n := sessions(); n != 1 {
-			t.Fatalf("%d sessions of an idle service, want the one that looked at the schema", n)
 		}
 	}
 }
