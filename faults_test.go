@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -169,15 +170,12 @@ func openDatabaseOver(t *testing.T, databaseURL string) (*database, *relay) {
 // connect opens n connections, before anything goes wrong.
 func connect(t *testing.T, d *database, n int) {
 	t.Helper()
-	conns := make([]*pgxpool.Conn, n)
-	for i := range conns {
-		var err error
-		if conns[i], err = d.pool.Acquire(t.Context()); err != nil {
+	for range n {
+		conn, err := d.acquire(t.Context())
+		if err != nil {
 			t.Fatal(err)
 		}
-	}
-	for _, conn := range conns {
-		conn.Release()
+		defer d.release(conn)
 	}
 }
 
@@ -301,18 +299,20 @@ func (l *ledger) life(c *client, title string, n int) {
 	if n%2 == 0 {
 		key = []string{"Idempotency-Key", strings.ReplaceAll(title, " ", "-")}
 	}
-	a, ok := l.change(c, title, "absent", "new", "POST", tasks, fmt.Sprintf(`{"title": %q}`, title), key...)
-	if !ok {
+	a, created := l.change(c, title, "absent", "new", "POST", tasks, fmt.Sprintf(`{"title": %q}`, title), key...)
+	if created == 0 {
 		return
 	}
 	path := fmt.Sprint(tasks, "/", decode[wireTask](l.t, a.body).ID)
-	if a, ok = l.change(c, title, "new", "done", "PATCH", path+"/complete", ""); !ok {
+	a, toggled := l.change(c, title, "new", "done", "PATCH", path+"/complete", "")
+	if toggled == 0 {
 		return
 	}
-	if _, ok = l.change(c, title, "done", "open", "PATCH", path, `{"completed": false}`, "If-Match", a.header.Get("ETag")); !ok {
+	_, opened := l.change(c, title, "done", "open", "PATCH", path, `{"completed": false}`, "If-Match", a.header.Get("ETag"))
+	if opened == 0 {
 		return
 	}
-	if n%4 < 2 {
+	if n%4 < 2 && created == 1 { // or the first try, still under way, might make the task anew: its key goes with it
 		l.change(c, title, "open", "absent", "DELETE", path, "")
 	}
 	a, err := c.try("GET", tasks+"?limit=5", "")
@@ -329,9 +329,9 @@ func (l *ledger) life(c *client, title string, n int) {
 	}
 }
 
-// change sends a change that moves a task on, and reports whether that is
-// known to have happened. With a header it is repeated until it is.
-func (l *ledger) change(c *client, title, before, after, method, path, body string, header ...string) (answer, bool) {
+// change sends a change that moves a task on, and returns at which try that is
+// known to have happened, or 0. Only with a header there is a second try.
+func (l *ledger) change(c *client, title, before, after, method, path, body string, header ...string) (answer, int) {
 	l.set(title, before, after)
 	for try := 1; ; try++ {
 		start := time.Now()
@@ -343,12 +343,12 @@ func (l *ledger) change(c *client, title, before, after, method, path, body stri
 		case err == nil && (a.status/100 == 2 || a.status == 412 && try > 1): // 412: a try before has done it
 			l.set(title, after)
 			l.made.Add(1)
-			return a, true
+			return a, try
 		case err == nil && (a.status != 503 || a.header.Get("Retry-After") == ""):
 			l.t.Errorf("%s %s = %d %s", method, path, a.status, a.body)
-			return a, false
+			return a, 0
 		case header == nil || l.stopped():
-			return a, false
+			return a, 0
 		}
 	}
 }
@@ -441,7 +441,7 @@ func TestNothingIsLost(t *testing.T) {
 				r.down.Store(false)
 			}
 		}},
-		{"network stalls", time.Minute, true, maxConns, func(r *relay, tick int) {
+		{"network stalls", time.Minute, true, 3 * maxConns, func(r *relay, tick int) {
 			switch tick % 40 {
 			case 0:
 				r.stalled.Store(true)
@@ -454,7 +454,8 @@ func TestNothingIsLost(t *testing.T) {
 		t.Run(row.name, func(t *testing.T) {
 			d, r := openOver(t)
 			prepare(t, d)
-			l := newLedger(t, newService(t, d))
+			service := newService(t, d)
+			c, l := newClientOf(t, service, "test-"+rand.Text()), newLedger(t, service)
 			l.reads = row.reads
 			for _, c := range l.users {
 				c.http.Timeout = row.patience
@@ -467,7 +468,7 @@ func TestNothingIsLost(t *testing.T) {
 			}
 			r.heal()
 			start := time.Now()
-			a := l.users[0].do("GET", "", "")
+			a := c.do("GET", "", "")
 			took := time.Since(start)
 			if a.status != 200 || took > time.Second {
 				t.Errorf("after the faults a list is %d %s after %v, want 200 within a second", a.status, a.body, took)
@@ -532,6 +533,32 @@ func TestSilentPeer(t *testing.T) {
 		t.Errorf("afterwards a list is %d %s after %v, want 200 at once", a.status, a.body, time.Since(start))
 	}
 	l.check()
+}
+
+// Who lost the same database comes back later each time, and not as one.
+func TestPause(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		for try, longest := range []time.Duration{25, 50, 100, 200, 400, 500, 500, 500} {
+			longest *= time.Millisecond
+			least, most := longest, time.Duration(0)
+			for range 1000 {
+				start := time.Now()
+				if !pause(t.Context(), try) {
+					t.Fatal("the context ended")
+				}
+				least, most = min(least, time.Since(start)), max(most, time.Since(start))
+			}
+			if least < longest/2 || least > longest*6/10 || most < longest*9/10 || most > longest {
+				t.Errorf("a thousand pauses before try %d took %v to %v, want %v to %v", try+1, least, most, longest/2, longest)
+			}
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		if pause(ctx, 0) {
+			t.Error("a pause does not end with its context")
+		}
+	})
 }
 
 // All connections are blocked by somebody's lock: who comes then is told soon.

@@ -48,6 +48,8 @@ const (
 
 	// percent; the live heap is some 4 MB, and collected at four times that a list costs a quarter less.
 	gcPercent = 300
+	// bytes; from here on it is collected as often as need be. Fly.io's smallest machine has 256 MB.
+	memoryLimit = 100 << 20
 
 	maxHeader = 64<<10 - 4<<10 // bytes; net/http grants 4 KiB more
 	maxBody   = 64 << 10       // bytes; four times the largest sensible task
@@ -60,6 +62,7 @@ const (
 
 func main() {
 	debug.SetGCPercent(gcPercent)
+	debug.SetMemoryLimit(memoryLimit)
 	if err := run(context.Background(), os.Args[1:], os.Getenv, os.Stdout); err != nil {
 		out := os.Stdout
 		if len(os.Args) > 1 {

@@ -1,0 +1,204 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"runtime/debug"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// peakMemory returns the most that the process has held, in bytes, or 0 where
+// that cannot be known or does not count: the race detector needs a lot.
+func (p *process) peakMemory() int {
+	p.t.Helper()
+	build, _ := debug.ReadBuildInfo()
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
+	_, peak, found := strings.Cut(string(status), "VmHWM:")
+	if err != nil || !found || slices.Contains(build.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
+		p.t.Log("memory not measured")
+		return 0
+	}
+	kib, err := strconv.Atoi(strings.Fields(peak)[0])
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	p.t.Logf("%d KiB at most", kib)
+	return kib << 10
+}
+
+// Four hundred connections do at once what no client should. They are cut, and
+// others are served meanwhile.
+func TestAbuse(t *testing.T) {
+	t.Parallel()
+	const crowd = 400
+	const head = "GET /health/live HTTP/1.1\r\nHost: todo\r\n"
+	const pipelined = 50
+	for _, row := range []struct {
+		name    string
+		text    func(c *client) string
+		trickle bool   // a byte from time to time
+		answers string // statuses that each gets before it is cut
+	}{
+		{"slow headers", func(*client) string { return head + "X-Slow: " }, true, ""},
+		{"slow bodies", func(c *client) string { return c.post(`{"title":`, "Content-Length: 65536") }, true, "408"},
+		{"huge headers", func(*client) string { return head + "X-Large: " + strings.Repeat("x", 1<<20) }, false, "431"},
+		{"many headers", func(*client) string { return head + strings.Repeat("X: 1\r\n", 10<<10) }, false, ""},
+		{"garbage pipelined", func(*client) string { return strings.Repeat(head+"\r\n", pipelined) + "\x00\xff\r\n\r\n" }, false,
+			strings.Repeat("200 ", pipelined) + "400"},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			p := startProcess(t, "LOG_LEVEL=error")
+			p.waitLive()
+			c := newClientOf(t, p.url, "test-"+rand.Text())
+			text := row.text(c)
+			var abusers sync.WaitGroup
+			var wrong atomic.Int64
+			for range crowd {
+				conn := raw(t, p.url, "")
+				start := time.Now()
+				abusers.Go(func() {
+					defer conn.Close()
+					go func() {
+						_, err := io.WriteString(conn, text)
+						for ; row.trickle && err == nil; time.Sleep(300 * time.Millisecond) {
+							_, err = io.WriteString(conn, "x")
+						}
+					}()
+					var answers []string
+					for in := bufio.NewReader(conn); ; {
+						res, err := http.ReadResponse(in, nil)
+						if err == nil {
+							_, err = io.Copy(io.Discard, res.Body)
+						}
+						if err != nil {
+							break
+						}
+						answers = append(answers, strconv.Itoa(res.StatusCode))
+					}
+					took, got := time.Since(start), strings.Join(answers, " ")
+					if (got != row.answers || took > 20*time.Second) && wrong.Add(1) == 1 {
+						t.Errorf("answered %q and cut after %v, want %q, and all within 20 s", got, took, row.answers)
+					}
+				})
+			}
+			done := make(chan struct{})
+			go func() {
+				abusers.Wait()
+				close(done)
+			}()
+			for served := 0; ; served++ {
+				start := time.Now()
+				if a := c.do("GET", "", ""); a.status != 200 || time.Since(start) > 5*time.Second {
+					t.Errorf("meanwhile a list = %d %s after %v, want 200 at once", a.status, a.body, time.Since(start))
+				}
+				select {
+				case <-done:
+					if peak := p.peakMemory(); peak > 200<<20 {
+						t.Errorf("%d bytes of memory, want 200 MiB at most", peak)
+					}
+					return
+				case <-time.After(20 * time.Millisecond):
+				}
+			}
+		})
+	}
+}
+
+// FuzzHandler sends any request to the whole handler, with the token of a user
+// of the fuzzer's, whose tasks nobody else sees.
+func FuzzHandler(f *testing.F) {
+	// With -fuzz, workers of other processes run this too, and are killed: the users are the same, and the first process removes them.
+	const variable = "TODO_APP_FUZZ_RUN"
+	run := cmp.Or(os.Getenv(variable), rand.Text())
+	os.Setenv(variable, run)
+	stranger, c := newClientOf(f, sharedURL, "test-stranger-"+run), newClientOf(f, sharedURL, "test-"+run)
+	secret := "secret-" + rand.Text()
+	id := stranger.create(secret).ID
+	own := c.create("Milk")
+	s := newServer(context.Background(), sharedAuth, sharedDB, slog.New(slog.DiscardHandler), []string{"https://app.example.com"}, "")
+
+	tasks := "/api/" + c.user + "/tasks"
+	one := fmt.Sprint(tasks, "/", own.ID)
+	const asJSON = "Content-Type: application/json\r\n"
+	for _, seed := range []struct{ method, target, headers, body string }{
+		{"GET", tasks, "", ""},
+		{"GET", tasks + "?limit=1&before=9&completed=true&total=true", "", ""},
+		{"GET", tasks + "?offset=9223372036854775807&limit=100", "", ""},
+		{"GET", tasks + "?limit=%zz;a=b&limit=2", "", ""},
+		{"HEAD", one, "If-None-Match: W/\"1\", *\r\n", ""},
+		{"POST", tasks, asJSON, `{"title": "Milk", "description": null, "completed": true}`},
+		{"POST", tasks, asJSON + "Idempotency-Key: k\r\n", `{"title": "\u0000\ud83d\ude00"}`},
+		{"POST", tasks, "Idempotency-Key: \xff k\r\nContent-Type: x/y+json; charset\r\n", "{\"title\": \"\xff\"}"},
+		{"PUT", one, asJSON + "If-Match: \"253402300799999999\"\r\n", `{"title": "\u2003", "completed": null}`},
+		{"PATCH", one + "/complete", "If-Match: *\r\nIf-Match: \"-1\"\r\n", ``},
+		{"PATCH", one + "/complete", asJSON, `{"completed": true}{`},
+		{"DELETE", tasks + "/9223372036854775808", "", ""},
+		{"DELETE", fmt.Sprint(tasks, "/", id), "", ""},
+		{"GET", fmt.Sprintf("/api/%s/tasks/%d", stranger.user, id), "", ""},
+		{"GET", "/api/%2F/tasks", "Authorization: Bearer e30.e30.e30\r\n", ""},
+		{"GET", "//api/../%00/tasks/?%00", "", ""},
+		{"OPTIONS", tasks, "Origin: https://app.example.com\r\nAccess-Control-Request-Method: PUT\r\n", ""},
+		{"GET", "/openapi.json", "If-None-Match: *\r\n", ""},
+		{"GET", "/docs", "X-Request-Id: \xff\r\nTraceparent: 00-0-0\r\n", ""},
+		{"CONNECT", "/health/ready", "Transfer-Encoding: chunked\r\n", "5\r\nhello\r\n0\r\n\r\n"},
+		{"TRACE", "*", "Expect: 100-continue\r\nContent-Length: 3\r\n", "abcd"},
+	} {
+		f.Add(seed.method, seed.target, seed.headers, []byte(seed.body))
+	}
+	f.Fuzz(func(t *testing.T, method, target, headers string, body []byte) {
+		text := fmt.Sprintf("%s %s HTTP/1.1\r\nHost: todo\r\n%s", method, target, headers)
+		if !strings.Contains(headers, "Authorization") {
+			text += "Authorization: " + c.authorization + "\r\n"
+		}
+		if !strings.Contains(headers, "Transfer-Encoding") && !strings.Contains(headers, "Content-Length") {
+			text += fmt.Sprintf("Content-Length: %d\r\n", len(body))
+		}
+		r, err := http.ReadRequest(bufio.NewReader(io.MultiReader(strings.NewReader(text+"\r\n"), bytes.NewReader(body))))
+		if err != nil || r.RequestURI == "*" {
+			return // net/http answers it itself
+		}
+		w := httptest.NewRecorder()
+		s.ServeHTTP(w, r)
+		answer := answer{w.Code, w.Result().Header, w.Body.String()}
+		switch {
+		case w.Code >= 300 && w.Code < 400 && w.Code != http.StatusNotModified: // the mux cleans a path
+		case w.Code == http.StatusInternalServerError || w.Code < 200 || w.Code > 599:
+			t.Errorf("%q = %d %s", text, w.Code, w.Body)
+		case strings.Contains(fmt.Sprint(answer), secret):
+			t.Errorf("%q = %d %s: another user's task", text, w.Code, w.Body)
+		case w.Code >= 400:
+			var v struct{ Detail string }
+			if err := json.Unmarshal(w.Body.Bytes(), &v); err != nil || v.Detail == "" || w.Header().Get("Content-Type") != "application/json" {
+				t.Errorf("%q = %d %s, want JSON with a detail", text, w.Code, w.Body)
+			}
+		}
+		for _, name := range []string{"X-Request-Id", "X-Content-Type-Options", "Vary"} {
+			if w.Header().Get(name) == "" {
+				t.Errorf("%q = %d without %s", text, w.Code, name)
+			}
+		}
+		if !strings.HasPrefix(r.Pattern, r.Method+" ") {
+			return // of no route
+		}
+		if err := undeclared(r.Method, r.URL.EscapedPath(), answer); err != nil {
+			t.Errorf("%q is not as openapi.json says: %v", text, err)
+		}
+	})
+}
