@@ -2,6 +2,8 @@ package main
 
 import (
 	"bufio"
+	"cmp"
+	"crypto/rand"
 	"encoding/json"
 	"fmt"
 	"net/http"
@@ -82,6 +84,44 @@ func BenchmarkBesideBare(b *testing.B) {
 	}
 }
 
+// BenchmarkDistance puts 64 reading clients on an instance whose compute is
+// further and further away: each of its 15 connections waits for every answer.
+func BenchmarkDistance(b *testing.B) {
+	var near float64
+	for _, roundTrip := range []time.Duration{5 * time.Millisecond, 20 * time.Millisecond, 100 * time.Millisecond} {
+		b.Run(roundTrip.String(), func(b *testing.B) {
+			d, r := openOver(b)
+			prepare(b, d)
+			connect(b, d, maxConns)
+			c := newClientOf(b, newService(b, d), "test-"+rand.Text())
+			transport := &http.Transport{MaxIdleConnsPerHost: 64}
+			defer transport.CloseIdleConnections()
+			c.http = &http.Client{Transport: transport}
+			c.create("Milk")
+			r.delay.Store(int64(roundTrip))
+			start := time.Now()
+			for b.Loop() {
+				var clients sync.WaitGroup
+				for range 64 {
+					clients.Go(func() {
+						for range 5 {
+							if a, err := c.try("GET", "/api/"+c.user+"/tasks", ""); err != nil || a.status != 200 {
+								b.Errorf("list = %d %s %v", a.status, a.body, err)
+							}
+						}
+					})
+				}
+				clients.Wait()
+			}
+			perSecond := float64(b.N) * 64 * 5 / time.Since(start).Seconds()
+			near = cmp.Or(near, perSecond)
+			b.ReportMetric(perSecond, "requests/s")
+			b.ReportMetric(perSecond/near, "requests/s-ratio")
+			b.ReportMetric(0, "ns/op")
+		})
+	}
+}
+
 // BenchmarkInstances puts the same load, 64 clients that read and write, on one
 // instance and on eight, which only a pooler has room for on a small compute.
 func BenchmarkInstances(b *testing.B) {
@@ -91,6 +131,7 @@ func BenchmarkInstances(b *testing.B) {
 	for i := range ids {
 		ids[i] = c.create(fmt.Sprintf("Task %d of the benchmark", i)).ID
 	}
+	var alone float64
 	for _, instances := range []int{1, 8} {
 		b.Run(fmt.Sprint(instances), func(b *testing.B) {
 			var services []*measured
@@ -125,7 +166,10 @@ func BenchmarkInstances(b *testing.B) {
 				}
 				wg.Wait()
 			}
-			b.ReportMetric(float64(answered.Load())/time.Since(start).Seconds(), "requests/s")
+			perSecond := float64(answered.Load()) / time.Since(start).Seconds()
+			alone = cmp.Or(alone, perSecond)
+			b.ReportMetric(perSecond, "requests/s")
+			b.ReportMetric(perSecond/alone, "requests/s-ratio")
 			b.ReportMetric(float64(unavailable.Load()), "answers-503")
 			var held float64
 			for _, service := range services {

@@ -26,7 +26,7 @@ const (
 	connectTimeout   = 10 * time.Second // for each address; a sleeping compute is awake in less
 	pingTimeout      = time.Second      // for a connection that idled over 1 s, before it is used
 	statementTimeout = 30 * time.Second // on the server; the last line behind the request's own deadline
-	poolPatience     = 5 * time.Second  // to get a connection, beside a connect that is under way
+	poolPatience     = 5 * time.Second  // for one of the connections to be free
 	schemaPatience   = 30 * time.Second // for the database to come up, at start
 	schemaLock       = 7_236_045        // advisory lock that instances starting together queue for
 )
@@ -278,17 +278,15 @@ func query[T any](ctx context.Context, d *database, repeatable bool, scan pgx.Ro
 	}
 }
 
-// acquire gets a connection for one statement. Connecting is tried again, for
-// nothing has been sent yet. Both the wait for a place and the tries are cut
-// short after poolPatience, so that overload is answered soon, while a
-// connect that is under way may take the whole deadline: Neon is waking up.
+// acquire gets a connection for one statement. Connecting is tried again until
+// the request's deadline, for nothing has been sent yet, and Neon may be waking
+// up; the wait for a place before it is shorter, so that overload is answered soon.
 func (d *database) acquire(ctx context.Context) (*pgxpool.Conn, error) {
 	select {
 	case <-d.ready:
 	case <-ctx.Done():
 		return nil, fmt.Errorf("wait for the schema: %w", ctx.Err())
 	}
-	start := time.Now()
 	if err := d.queue(ctx); err != nil {
 		return nil, err
 	}
@@ -297,7 +295,7 @@ func (d *database) acquire(ctx context.Context) (*pgxpool.Conn, error) {
 		if err == nil {
 			return conn, nil
 		}
-		if time.Since(start) > poolPatience || !pause(ctx, try) {
+		if !pause(ctx, try) {
 			<-d.slots
 			return nil, err
 		}

@@ -140,12 +140,12 @@ func (r *relay) terminate(t *testing.T) {
 }
 
 // openOver opens the tests' database over a relay of its own.
-func openOver(t *testing.T) (*database, *relay) {
+func openOver(t testing.TB) (*database, *relay) {
 	t.Helper()
 	return openDatabaseOver(t, sharedDatabaseURL())
 }
 
-func openDatabaseOver(t *testing.T, databaseURL string) (*database, *relay) {
+func openDatabaseOver(t testing.TB, databaseURL string) (*database, *relay) {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -168,7 +168,7 @@ func openDatabaseOver(t *testing.T, databaseURL string) (*database, *relay) {
 }
 
 // connect opens n connections, before anything goes wrong.
-func connect(t *testing.T, d *database, n int) {
+func connect(t testing.TB, d *database, n int) {
 	t.Helper()
 	for range n {
 		conn, err := d.acquire(t.Context())
@@ -533,6 +533,29 @@ func TestSilentPeer(t *testing.T) {
 		t.Errorf("afterwards a list is %d %s after %v, want 200 at once", a.status, a.body, time.Since(start))
 	}
 	l.check()
+}
+
+// A request waits for a database that is away for longer than it would for a
+// free connection.
+func TestLongRestart(t *testing.T) {
+	t.Parallel()
+	d, r := openOver(t)
+	prepare(t, d)
+	c := newClientOf(t, newService(t, d), "test-"+rand.Text())
+	r.down.Store(true)
+	r.cut()
+	time.AfterFunc(poolPatience+time.Second, r.heal)
+	var requests sync.WaitGroup
+	for method, status := range map[string]int{"GET": 200, "POST": 201} {
+		requests.Go(func() {
+			start := time.Now()
+			a, err := c.try(method, "/api/"+c.user+"/tasks", map[string]string{"POST": `{"title": "patient"}`}[method])
+			if took := time.Since(start); err != nil || a.status != status || took < poolPatience {
+				t.Errorf("%s = %d %s %v after %v, want %d after the restart", method, a.status, a.body, err, took, status)
+			}
+		})
+	}
+	requests.Wait()
 }
 
 // Who lost the same database comes back later each time, and not as one.
