@@ -13,8 +13,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
-	"runtime/debug"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -22,25 +20,6 @@ import (
 	"testing"
 	"time"
 )
-
-// peakMemory returns the most that the process has held, in bytes, or 0 where
-// that cannot be known or does not count: the race detector needs a lot.
-func (p *process) peakMemory() int {
-	p.t.Helper()
-	build, _ := debug.ReadBuildInfo()
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
-	_, peak, found := strings.Cut(string(status), "VmHWM:")
-	if err != nil || !found || slices.Contains(build.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
-		p.t.Log("memory not measured")
-		return 0
-	}
-	kib, err := strconv.Atoi(strings.Fields(peak)[0])
-	if err != nil {
-		p.t.Fatal(err)
-	}
-	p.t.Logf("%d KiB at most", kib)
-	return kib << 10
-}
 
 // Four hundred connections do at once what no client should. They are cut, and
 // others are served meanwhile.
@@ -110,7 +89,7 @@ func TestAbuse(t *testing.T) {
 				}
 				select {
 				case <-done:
-					if peak := p.peakMemory(); peak > 200<<20 {
+					if peak := p.memory("VmHWM"); peak > 200<<20 {
 						t.Errorf("%d bytes of memory, want 200 MiB at most", peak)
 					}
 					return
