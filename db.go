@@ -24,6 +24,7 @@ import (
 const (
 	maxConns         = 15               // Neon's smallest compute takes 97 clients: six instances
 	connectTimeout   = 10 * time.Second // for each address; a sleeping compute is awake in less
+	dialTimeout      = 2 * time.Second  // for TCP alone, which Neon's proxy accepts even while the compute sleeps
 	pingTimeout      = time.Second      // for a connection that idled over 1 s, before it is used
 	statementTimeout = 30 * time.Second // on the server; the last line behind the request's own deadline
 	poolPatience     = 5 * time.Second  // for one of the connections to be free
@@ -76,6 +77,8 @@ func poolConfig(databaseURL string) (*pgxpool.Config, error) {
 	conn.RuntimeParams["application_name"] = "todo-app"
 	dial := conn.DialFunc
 	conn.DialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
+		ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+		defer cancel()
 		c, err := dial(ctx, network, address)
 		if err != nil {
 			return nil, err
@@ -107,8 +110,9 @@ func local(host string, port uint16) bool {
 }
 
 // A hastyConn waits at most a second for its peer to hang up. pgx grants 15 s
-// (asyncClose), in which a connection that has gone silent would keep its
-// place in the pool.
+// to that (asyncClose), and to asking for the statement's end on a connection
+// of its own before, in which a connection that has gone silent keeps its place
+// in the pool: dialTimeout cuts that short where its host is gone.
 type hastyConn struct{ net.Conn }
 
 func (c hastyConn) SetDeadline(t time.Time) error {
@@ -156,13 +160,13 @@ func (d *database) isDead(ctx context.Context, p pgxpool.ShouldPingParams) bool 
 	if p.IdleDuration < time.Second && sinceLoss > time.Second {
 		return false
 	}
-	ctx, cancel := context.WithTimeout(ctx, pingTimeout)
+	patience, cancel := context.WithTimeout(ctx, pingTimeout)
 	defer cancel()
-	if p.Conn.Ping(ctx) == nil {
+	if p.Conn.Ping(patience) == nil {
 		return false
 	}
 	d.lose()
-	if ctx.Err() != nil {
+	if patience.Err() != nil && ctx.Err() == nil {
 		d.pool.Reset()
 	}
 	return true
@@ -185,6 +189,7 @@ func (d *database) prepare(ctx context.Context, log *slog.Logger) error {
 			log.Info("database ready")
 			return nil
 		case strings.Contains(err.Error(), "unsupported startup parameter") && !d.pooler.Swap(true):
+			try--
 			continue // a pooler without -pooler in its name
 		case errors.Is(err, errForeignTable), answered && !transient(err):
 			return fmt.Errorf("apply schema.sql: %w", err)
@@ -243,39 +248,46 @@ var errForeignTable = errors.New("the database has a table tasks that todo-app d
 // and no answer came, so that it may have run; or else its own fault.
 //
 // A repeatable statement is sent once more when the connection is lost, after
-// a pause, for a restart takes the others one by one. Which
-// errors mean "lost" is not read from their kind: pgconn.SafeToRetry says yes
-// to statements that ran, and Neon's proxy reports its own failures as XX000.
-// What counts is that pgx has closed the connection.
+// a pause, for a restart takes the other connections one by one. Which errors
+// mean "lost" is not read from their kind: pgconn.SafeToRetry says yes to
+// statements that ran, and Neon's proxy reports its own failures as XX000. What
+// counts is that pgx has closed the connection.
 func query[T any](ctx context.Context, d *database, repeatable bool, scan pgx.RowToFunc[T], sql string, args ...any) ([]T, error) {
+	failure := errUnavailable
 	for attempt := 1; ; attempt++ {
 		conn, err := d.acquire(ctx)
 		if err != nil {
-			return nil, fmt.Errorf("%w: %w", errUnavailable, err)
+			return nil, fmt.Errorf("%w: %w", failure, err)
 		}
-		var found []T
-		rows, err := conn.Query(ctx, sql, args...)
-		if err == nil {
-			found, err = pgx.CollectRows(rows, scan)
-		}
-		lost := conn.Conn().IsClosed()
+		found, lost, err := once(ctx, d, conn, scan, sql, args...)
 		if lost {
-			d.lose()
+			failure = errNoAnswer
 		}
-		d.release(conn)
 		switch {
 		case err == nil:
 			return found, nil
 		case lost && repeatable && attempt == 1 && pause(ctx, 0):
 			continue
-		case lost:
-			return nil, fmt.Errorf("%w: %w", errNoAnswer, err)
-		case transient(err):
-			return nil, fmt.Errorf("%w: %w", errUnavailable, err)
+		case lost, transient(err), ctx.Err() != nil:
+			return nil, fmt.Errorf("%w: %w", failure, err)
 		default:
 			return nil, err
 		}
 	}
+}
+
+// once runs a statement and gives its connection back, even where scan panics.
+// It reports whether the connection was lost.
+func once[T any](ctx context.Context, d *database, conn *pgxpool.Conn, scan pgx.RowToFunc[T], sql string, args ...any) (found []T, lost bool, err error) {
+	defer d.release(conn)
+	rows, err := conn.Query(ctx, sql, args...)
+	if err == nil {
+		found, err = pgx.CollectRows(rows, scan)
+	}
+	if lost = conn.Conn().IsClosed(); lost {
+		d.lose()
+	}
+	return found, lost, err
 }
 
 // acquire gets a connection for one statement. Connecting is tried again until

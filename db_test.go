@@ -19,6 +19,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -512,6 +513,40 @@ func TestBrokenConnectionsAreNoticed(t *testing.T) {
 		if took := time.Since(start); took > 8*time.Second { // a ping and a close of a second each
 			t.Errorf("%s: %d lost connections took %v, want the time of one", row.name, maxConns, took)
 		}
+	}
+}
+
+// pgx asks for a lost statement's end where its connection led: where nobody is
+// any more, that must not keep the place in the pool.
+func TestUnansweredDialEndsSoon(t *testing.T) {
+	t.Parallel()
+	nobody, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nobody.Close()
+	socket, err := nobody.(*net.TCPListener).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	socket.Control(func(fd uintptr) { err = syscall.Listen(int(fd), 0) }) // the kernel accepts no more than one or two
+	if err != nil {
+		t.Fatal(err)
+	}
+	for err == nil {
+		var conn net.Conn
+		if conn, err = net.DialTimeout("tcp", nobody.Addr().String(), 100*time.Millisecond); err == nil {
+			defer conn.Close()
+		}
+	}
+	config, err := poolConfig("postgres://u:p@localhost/d")
+	if err != nil {
+		t.Fatal(err)
+	}
+	start := time.Now()
+	conn, err := config.ConnConfig.DialFunc(t.Context(), "tcp", nobody.Addr().String())
+	if took := time.Since(start); err == nil || took < time.Second || took > 4*time.Second {
+		t.Errorf("dial = %v, %v after %v, want it given up after 2 s", conn, err, took)
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -209,6 +210,7 @@ func TestLostRequestsAndAnswers(t *testing.T) {
 			if name, value, ok := strings.Cut(row.headers, ": "); ok {
 				headers = []string{name, strings.ReplaceAll(value, "ETAG", before.header.Get("ETag"))}
 			}
+			c.send("GET", "/health/ready", "") // or a pre-ping would meet the loss where the machine paused for a second
 			want, again := row.was, row.again
 			if lost == "request" {
 				r.loseRequests.Store(1)
@@ -246,21 +248,44 @@ func TestLostRequestsAndAnswers(t *testing.T) {
 	}
 }
 
+// What may have run at the first try is not said to be unmade because there is no second.
+func TestLostAnswerThenNoDatabase(t *testing.T) {
+	t.Parallel()
+	d, r := openOver(t)
+	prepare(t, d)
+	c := newClient(t)
+	connect(t, d, 1)
+	r.loseAnswers.Store(1)
+	r.down.Store(true)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	_, _, err := d.insertTask(ctx, c.user, change{title: new("lost")}, new("k"))
+	if !errors.Is(err, errNoAnswer) {
+		t.Errorf("insertTask = %v, want %v", err, errNoAnswer)
+	}
+	if tasks := decode[[]wireTask](t, c.do("GET", "", "").body); len(tasks) != 1 {
+		t.Errorf("there are %d tasks, want the one whose answer was lost", len(tasks))
+	}
+}
+
 // A ledger is what clients know of their tasks. Each task has a life: it is
 // new, then done, then open again, and half of them go.
 type ledger struct {
 	t     *testing.T
 	users [2]*client
-	stop  chan struct{} // closed when the clients shall end
-	reads bool          // must always succeed
-	made  atomic.Int64  // changes that were acknowledged
+	via   string       // the service's application_name
+	reads bool         // must always succeed
+	made  atomic.Int64 // changes that were acknowledged
+
+	clients sync.WaitGroup
+	stop    atomic.Bool
 
 	mu     sync.Mutex
 	states map[string][]string // by title: which a task may be in
 }
 
-func newLedger(t *testing.T, service string) *ledger {
-	l := &ledger{t: t, stop: make(chan struct{}), states: map[string][]string{}}
+func newLedger(t *testing.T, service, via string) *ledger {
+	l := &ledger{t: t, via: via, states: map[string][]string{}}
 	for i := range l.users {
 		l.users[i] = newClientOf(t, service, "test-"+rand.Text())
 		transport := &http.Transport{MaxIdleConnsPerHost: 100}
@@ -270,27 +295,24 @@ func newLedger(t *testing.T, service string) *ledger {
 	return l
 }
 
-// run has 16 clients change tasks until stop is closed.
-func (l *ledger) run() (wait func()) {
-	var clients sync.WaitGroup
+// run has 16 clients change tasks until end is called, or the test ends.
+func (l *ledger) run() {
 	for i := range 16 {
 		c := l.users[i%len(l.users)]
-		clients.Go(func() {
-			for n := 0; !l.stopped(); n++ {
+		l.clients.Go(func() {
+			for n := 0; !l.stop.Load(); n++ {
 				l.life(c, fmt.Sprint(c.user, " ", i, " ", n), n)
 			}
 		})
 	}
-	return clients.Wait
+	l.t.Cleanup(l.end) // before their tasks are removed
+	eventually(l.t, "load", func() bool { return l.made.Load() > 100 })
 }
 
-func (l *ledger) stopped() bool {
-	select {
-	case <-l.stop:
-		return true
-	default:
-		return false
-	}
+// end returns when the clients have ended.
+func (l *ledger) end() {
+	l.stop.Store(true)
+	l.clients.Wait()
 }
 
 func (l *ledger) life(c *client, title string, n int) {
@@ -336,7 +358,7 @@ func (l *ledger) change(c *client, title, before, after, method, path, body stri
 	for try := 1; ; try++ {
 		start := time.Now()
 		a, err := c.try(method, path, body, header...)
-		if took := time.Since(start); took > requestTimeout+time.Second {
+		if took := time.Since(start); took > 20*time.Second {
 			l.t.Errorf("%s %s took %v", method, path, took)
 		}
 		switch {
@@ -347,8 +369,10 @@ func (l *ledger) change(c *client, title, before, after, method, path, body stri
 		case err == nil && (a.status != 503 || a.header.Get("Retry-After") == ""):
 			l.t.Errorf("%s %s = %d %s", method, path, a.status, a.body)
 			return a, 0
-		case header == nil || l.stopped():
+		case header == nil || l.stop.Load():
 			return a, 0
+		case err != nil:
+			time.Sleep(10 * time.Millisecond) // it listens again, or the test ends
 		}
 	}
 }
@@ -368,7 +392,7 @@ func (l *ledger) check() (unacknowledged int) {
 	eventually(l.t, "end of the changes under way", func() bool {
 		return sqlValue[int](l.t, sharedDB.pool, `SELECT count(*) FROM pg_stat_activity
 			WHERE datname = current_database() AND state = 'active' AND query ~ 'tasks'
-			AND query_start < $1 AND pid <> pg_backend_pid()`, now) == 0
+			AND query_start < $1 AND application_name = $2 AND pid <> pg_backend_pid()`, now, l.via) == 0
 	})
 	type row struct{ User, Title, State string }
 	rows, _ := sharedDB.pool.Query(l.t.Context(), `
@@ -405,25 +429,26 @@ func (l *ledger) check() (unacknowledged int) {
 // Alone, for the sake of terminate and of the time to recover.
 func TestNothingIsLost(t *testing.T) {
 	for _, row := range []struct {
-		name     string
-		patience time.Duration // of the clients
-		reads    bool          // succeed nevertheless
-		dials    int64         // at most; each of the 15 places may try eight times a second, first sooner, then later
-		fault    func(r *relay, tick int)
+		name  string
+		reads bool // succeed nevertheless
+		leave bool // clients do, about half the time
+		// Each of the 15 places may try to connect eight times a second, first sooner, then later.
+		leastDials, mostDials int64
+		fault                 func(t *testing.T, r *relay, tick int)
 	}{
-		{"connections cut again and again", time.Minute, false, 400, func(r *relay, tick int) {
+		{"connections cut again and again", false, false, 2 * maxConns, 400, func(_ *testing.T, r *relay, tick int) {
 			if tick%6 == 0 { // or a busy machine never gets through a TLS and SCRAM handshake
 				r.cut()
 			}
 		}},
-		{"connections terminated again and again", time.Minute, false, 400, func(r *relay, tick int) {
+		{"connections terminated again and again", false, false, 2 * maxConns, 400, func(t *testing.T, r *relay, tick int) {
 			if tick%6 == 0 {
 				r.terminate(t)
 			}
 		}},
-		{"requests lost", time.Minute, false, 500, func(r *relay, _ int) { r.loseRequests.Store(2) }},
-		{"answers lost", time.Minute, false, 500, func(r *relay, _ int) { r.loseAnswers.Store(2) }},
-		{"database restarts", time.Minute, true, 400, func(r *relay, tick int) {
+		{"requests lost", false, false, 2 * maxConns, 500, func(_ *testing.T, r *relay, _ int) { r.loseRequests.Store(2) }},
+		{"answers lost", false, false, 2 * maxConns, 500, func(_ *testing.T, r *relay, _ int) { r.loseAnswers.Store(2) }},
+		{"database restarts", true, false, 2 * maxConns, 400, func(_ *testing.T, r *relay, tick int) {
 			switch tick % 40 {
 			case 0:
 				r.down.Store(true)
@@ -432,7 +457,7 @@ func TestNothingIsLost(t *testing.T) {
 				r.down.Store(false)
 			}
 		}},
-		{"pooler restarts", time.Minute, true, 500, func(r *relay, tick int) {
+		{"pooler restarts", true, false, 2 * maxConns, 500, func(_ *testing.T, r *relay, tick int) {
 			switch tick % 15 {
 			case 0:
 				r.down.Store(true)
@@ -441,7 +466,7 @@ func TestNothingIsLost(t *testing.T) {
 				r.down.Store(false)
 			}
 		}},
-		{"network stalls", time.Minute, true, 3 * maxConns, func(r *relay, tick int) {
+		{"network stalls", true, false, 1, 3 * maxConns, func(_ *testing.T, r *relay, tick int) {
 			switch tick % 40 {
 			case 0:
 				r.stalled.Store(true)
@@ -449,37 +474,41 @@ func TestNothingIsLost(t *testing.T) {
 				r.stalled.Store(false)
 			}
 		}},
-		{"clients leave", 30 * time.Millisecond, false, maxConns, func(r *relay, _ int) { r.delay.Store(int64(20 * time.Millisecond)) }},
+		{"clients leave", false, true, 1, maxConns, func(_ *testing.T, r *relay, _ int) { r.delay.Store(int64(20 * time.Millisecond)) }},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			d, r := openOver(t)
 			prepare(t, d)
 			service := newService(t, d)
-			c, l := newClientOf(t, service, "test-"+rand.Text()), newLedger(t, service)
-			l.reads = row.reads
-			for _, c := range l.users {
-				c.http.Timeout = row.patience
+			c, l := newClientOf(t, service, "test-"+rand.Text()), newLedger(t, service, r.name)
+			c.create("before")
+			list := func() time.Duration {
+				start := time.Now()
+				if a := c.do("GET", "", ""); a.status != 200 {
+					t.Errorf("list = %d %s, want 200", a.status, a.body)
+				}
+				return time.Since(start)
 			}
-			wait := l.run()
-			eventually(t, "load", func() bool { return l.made.Load() > 100 })
+			far := list()
+			for _, c := range l.users {
+				if row.leave {
+					c.http.Timeout = far + 30*time.Millisecond
+				}
+			}
+			l.reads = row.reads
+			l.run()
 			for tick := range 60 {
-				row.fault(r, tick)
+				row.fault(t, r, tick)
 				time.Sleep(50 * time.Millisecond)
 			}
 			r.heal()
-			start := time.Now()
-			a := c.do("GET", "", "")
-			took := time.Since(start)
-			if a.status != 200 || took > time.Second {
-				t.Errorf("after the faults a list is %d %s after %v, want 200 within a second", a.status, a.body, took)
+			if took := list(); took > time.Second+10*far {
+				t.Errorf("after the faults a list takes %v, want a second at most", took)
 			}
-			close(l.stop)
-			wait()
+			l.end()
 			l.check()
-			n := r.dials.Load()
-			t.Logf("%d connections begun, list after %v", n, took)
-			if n > row.dials {
-				t.Errorf("%d connections begun, want %d at most", n, row.dials)
+			if n := r.dials.Load(); n < row.leastDials || n > row.mostDials {
+				t.Errorf("%d connections begun, want %d to %d", n, row.leastDials, row.mostDials)
 			}
 		})
 	}
@@ -493,21 +522,19 @@ func TestNothingIsLostByAStop(t *testing.T) {
 		unacknowledged int
 	}{
 		{os.Kill, -1, 16},
-		{syscall.SIGTERM, 0, 1}, // net/http may close a connection whose request it has just read
+		{syscall.SIGTERM, 0, 4}, // net/http may close a connection whose request it has just read
 	} {
 		t.Run(row.signal.String(), func(t *testing.T) {
 			t.Parallel()
 			p := startProcess(t)
 			p.waitLive()
-			l := newLedger(t, p.url)
-			l.stop = p.exited
-			wait := l.run()
-			eventually(t, "load", func() bool { return l.made.Load() > 300 })
+			l := newLedger(t, p.url, "todo-app")
+			l.run()
 			p.signal(row.signal)
 			if status := p.wait(stopLimit); status != row.status {
 				t.Errorf("exit status %d, want %d: %s", status, row.status, p.output.String())
 			}
-			wait()
+			l.end()
 			if n := l.check(); n > row.unacknowledged {
 				t.Errorf("%d changes were made and not answered, want %d at most", n, row.unacknowledged)
 			}
@@ -516,20 +543,18 @@ func TestNothingIsLostByAStop(t *testing.T) {
 }
 
 // All connections go silent while they are in use. Who waits for an answer is
-// told at the deadline, and who waits for a connection before.
+// told at the deadline, and then others are there.
 func TestSilentPeer(t *testing.T) {
 	t.Parallel()
 	d, r := openOver(t)
 	prepare(t, d)
-	l := newLedger(t, newService(t, d))
-	wait := l.run()
-	eventually(t, "load", func() bool { return l.made.Load() > 100 })
+	l := newLedger(t, newService(t, d), r.name)
+	l.run()
 	r.silence()
 	eventually(t, "sight of the loss", func() bool { return r.dials.Load() > 2*maxConns })
-	close(l.stop)
-	wait()
+	l.end()
 	start := time.Now()
-	if a := l.users[0].do("GET", "", ""); a.status != 200 || time.Since(start) > time.Second {
+	if a := l.users[0].do("GET", "", ""); a.status != 200 || time.Since(start) > 5*time.Second {
 		t.Errorf("afterwards a list is %d %s after %v, want 200 at once", a.status, a.body, time.Since(start))
 	}
 	l.check()
@@ -543,7 +568,7 @@ func TestLongRestart(t *testing.T) {
 	prepare(t, d)
 	c := newClientOf(t, newService(t, d), "test-"+rand.Text())
 	r.down.Store(true)
-	r.cut()
+	d.pool.Reset() // what is sent on a connection that is cut may have run
 	time.AfterFunc(poolPatience+time.Second, r.heal)
 	var requests sync.WaitGroup
 	for method, status := range map[string]int{"GET": 200, "POST": 201} {
@@ -639,7 +664,12 @@ func TestSleep(t *testing.T) {
 		t.Run(first, func(t *testing.T) {
 			t.Parallel()
 			u := ownDatabase(t)
-			d := open(t, u, func(config *pgxpool.Config) { config.HealthCheckPeriod = 20 * time.Millisecond })
+			d := open(t, u, func(config *pgxpool.Config) {
+				config.HealthCheckPeriod = 20 * time.Millisecond
+				if first == "GET" { // the connections end, and no other must take their place
+					config.MaxConnLifetime, config.MaxConnLifetimeJitter, config.MaxConnIdleTime = time.Second, 0, time.Second
+				}
+			})
 			prepare(t, d)
 			service := newService(t, d)
 			c := newClientOf(t, service, "test-"+rand.Text())
