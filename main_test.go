@@ -129,14 +129,12 @@ func (p *process) request(id string) (line map[string]any) {
 }
 
 // memory returns a figure of the process's memory, VmRSS for now or VmHWM for
-// the most, in bytes. It is 0 where it cannot be known or does not count: the
-// race detector needs a lot.
+// the most, in bytes. It is 0 where it cannot be known or does not count.
 func (p *process) memory(figure string) int {
 	p.t.Helper()
-	build, _ := debug.ReadBuildInfo()
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
 	_, value, found := strings.Cut(string(status), figure+":")
-	if err != nil || !found || slices.Contains(build.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
+	if err != nil || !found || underRace() {
 		p.t.Log("memory not measured")
 		return 0
 	}
@@ -146,6 +144,13 @@ func (p *process) memory(figure string) int {
 	}
 	p.t.Logf("%s %d KiB", figure, kib)
 	return kib << 10
+}
+
+// underRace reports whether the race detector runs, under which figures of
+// time and memory say nothing.
+func underRace() bool {
+	build, _ := debug.ReadBuildInfo()
+	return slices.Contains(build.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
 }
 
 // A lockedBuffer keeps what is logged.
