@@ -516,6 +516,21 @@ func TestBrokenConnectionsAreNoticed(t *testing.T) {
 	}
 }
 
+func TestDeadlineBeforeAStatement(t *testing.T) {
+	t.Parallel()
+	ctx, cancel := context.WithCancel(t.Context())
+	d := open(t, sharedDatabaseURL(), func(config *pgxpool.Config) {
+		config.PrepareConn = func(context.Context, *pgx.Conn) (bool, error) {
+			cancel()
+			return true, nil
+		}
+	})
+	close(d.ready)
+	if _, err := query(ctx, d, false, pgx.RowTo[int], `SELECT 1`); !errors.Is(err, errUnavailable) {
+		t.Errorf("query that was not sent = %v, want %v", err, errUnavailable)
+	}
+}
+
 // pgx asks for a lost statement's end where its connection led: where nobody is
 // any more, that must not keep the place in the pool.
 func TestUnansweredDialEndsSoon(t *testing.T) {
