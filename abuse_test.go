@@ -48,7 +48,7 @@ func TestAbuse(t *testing.T) {
 			c := newClientOf(t, p.url, "test-"+rand.Text())
 			text := row.text(c)
 			var abusers sync.WaitGroup
-			var wrong atomic.Int64
+			var whole, wrong atomic.Int64
 			for range crowd {
 				conn := raw(t, p.url, "")
 				start := time.Now()
@@ -72,7 +72,11 @@ func TestAbuse(t *testing.T) {
 						answers = append(answers, strconv.Itoa(res.StatusCode))
 					}
 					took, got := time.Since(start), strings.Join(answers, " ")
-					if (got != row.answers || took > 20*time.Second) && wrong.Add(1) == 1 {
+					if got == row.answers {
+						whole.Add(1)
+					}
+					// The last answer may be lost where the connection is cut upon what was sent beyond it.
+					if (!strings.HasPrefix(row.answers, got) || took > 20*time.Second) && wrong.Add(1) == 1 {
 						t.Errorf("answered %q and cut after %v, want %q, and all within 20 s", got, took, row.answers)
 					}
 				})
@@ -89,6 +93,9 @@ func TestAbuse(t *testing.T) {
 				}
 				select {
 				case <-done:
+					if n := whole.Load(); n < crowd/2 {
+						t.Errorf("%d of %d were answered %q", n, crowd, row.answers)
+					}
 					if peak := p.memory("VmHWM"); peak > 200<<20 {
 						t.Errorf("%d bytes of memory, want 200 MiB at most", peak)
 					}
