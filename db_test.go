@@ -475,6 +475,7 @@ func TestOneRoundTripARequest(t *testing.T) {
 // A write finds out in time, for the connections idled or a read had the loss.
 func TestBrokenConnectionsAreNoticed(t *testing.T) {
 	t.Parallel()
+	takeTurns(t)
 	for _, row := range []struct {
 		name   string
 		silent bool
@@ -619,6 +620,7 @@ func TestRequestsHaveADeadline(t *testing.T) {
 // made all the same, and no connection is lost to it.
 func TestAbandonedRequestsKeepTheirConnections(t *testing.T) {
 	t.Parallel()
+	takeTurns(t)
 	const each = 10
 	d := openPrepared(t, sharedDatabaseURL())
 	var gone atomic.Int64

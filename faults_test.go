@@ -168,6 +168,15 @@ func openDatabaseOver(t testing.TB, databaseURL string) (*database, *relay) {
 	return d, r
 }
 
+var crowd sync.Mutex
+
+// takeTurns makes a test, which opens as many connections as a service may,
+// wait for the others of that kind: Neon's smallest compute takes 97.
+func takeTurns(t *testing.T) {
+	crowd.Lock()
+	t.Cleanup(crowd.Unlock)
+}
+
 // connect opens n connections, before anything goes wrong.
 func connect(t testing.TB, d *database, n int) {
 	t.Helper()
@@ -526,6 +535,7 @@ func TestNothingIsLostByAStop(t *testing.T) {
 	} {
 		t.Run(row.signal.String(), func(t *testing.T) {
 			t.Parallel()
+			takeTurns(t)
 			p := startProcess(t)
 			p.waitLive()
 			l := newLedger(t, p.url, "todo-app")
@@ -546,6 +556,7 @@ func TestNothingIsLostByAStop(t *testing.T) {
 // told at the deadline, and then others are there.
 func TestSilentPeer(t *testing.T) {
 	t.Parallel()
+	takeTurns(t)
 	d, r := openOver(t)
 	prepare(t, d)
 	l := newLedger(t, newService(t, d), r.name)
@@ -612,6 +623,7 @@ func TestPause(t *testing.T) {
 // All connections are blocked by somebody's lock: who comes then is told soon.
 func TestExhaustedPool(t *testing.T) {
 	t.Parallel()
+	takeTurns(t)
 	d, r := openOver(t)
 	prepare(t, d)
 	c := newClientOf(t, newService(t, d), "test-"+rand.Text())
