@@ -91,12 +91,9 @@ func BenchmarkDistance(b *testing.B) {
 	for _, roundTrip := range []time.Duration{5 * time.Millisecond, 20 * time.Millisecond, 100 * time.Millisecond} {
 		b.Run(roundTrip.String(), func(b *testing.B) {
 			d, r := openOver(b)
-			prepare(b, d)
 			connect(b, d, maxConns)
 			c := newClientOf(b, newService(b, d), "test-"+rand.Text())
-			transport := &http.Transport{MaxIdleConnsPerHost: 64}
-			defer transport.CloseIdleConnections()
-			c.http = &http.Client{Transport: transport}
+			c.http = keepingConnections(b)
 			c.create("Milk")
 			r.delay.Store(int64(roundTrip))
 			start := time.Now()
@@ -114,12 +111,18 @@ func BenchmarkDistance(b *testing.B) {
 				clients.Wait()
 			}
 			perSecond := float64(b.N) * 64 * 5 / time.Since(start).Seconds()
-			near = cmp.Or(near, perSecond)
-			b.ReportMetric(perSecond, "requests/s")
-			b.ReportMetric(perSecond/near, "requests/s-ratio")
+			near = reportRate(b, perSecond, near)
 			b.ReportMetric(0, "ns/op")
 		})
 	}
+}
+
+// reportRate reports a rate, and its ratio to the first one, which it returns.
+func reportRate(b *testing.B, perSecond, first float64) float64 {
+	first = cmp.Or(first, perSecond)
+	b.ReportMetric(perSecond, "requests/s")
+	b.ReportMetric(perSecond/first, "requests/s-ratio")
+	return first
 }
 
 // BenchmarkInstances puts the same load, 64 clients that read and write, on one
@@ -167,9 +170,7 @@ func BenchmarkInstances(b *testing.B) {
 				wg.Wait()
 			}
 			perSecond := float64(answered.Load()) / time.Since(start).Seconds()
-			alone = cmp.Or(alone, perSecond)
-			b.ReportMetric(perSecond, "requests/s")
-			b.ReportMetric(perSecond/alone, "requests/s-ratio")
+			alone = reportRate(b, perSecond, alone)
 			b.ReportMetric(float64(unavailable.Load()), "answers-503")
 			var held float64
 			for _, service := range services {
@@ -201,7 +202,7 @@ func startMeasured(b *testing.B, which string, c *client) *measured {
 	port, metricsPort := freePort(b), freePort(b)
 	m := &measured{
 		process:       &process{t: b, cmd: exec.Command(os.Args[0]), url: "http://127.0.0.1:" + port, exited: make(chan struct{})},
-		http:          &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 64}},
+		http:          keepingConnections(b),
 		metrics:       "http://127.0.0.1:" + metricsPort + "/metrics",
 		authorization: c.authorization,
 	}

@@ -237,11 +237,7 @@ func TestNeonMustProveItself(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		listener, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer listener.Close()
+		listener := listenLocally(t)
 		names := make(chan string, 1)
 		go func() {
 			raw, err := listener.Accept()
@@ -412,7 +408,6 @@ func TestPoolerIsFoundOut(t *testing.T) {
 func TestOneRoundTripARequest(t *testing.T) {
 	t.Parallel()
 	d, r := openOver(t)
-	prepare(t, d)
 	c := newClientOf(t, newService(t, d), "test-"+rand.Text())
 	task := fmt.Sprintf("/%d", c.create("Milk").ID)
 	api := "/api/" + c.user + "/tasks"
@@ -488,7 +483,6 @@ func TestBrokenConnectionsAreNoticed(t *testing.T) {
 		{"silent after idling, used by all", true, 1100 * time.Millisecond, nil},
 	} {
 		d, r := openOver(t)
-		prepare(t, d)
 		connect(t, d, maxConns)
 		start := time.Now()
 		if row.silent {
@@ -536,11 +530,7 @@ func TestDeadlineBeforeAStatement(t *testing.T) {
 // any more, that must not keep the place in the pool.
 func TestUnansweredDialEndsSoon(t *testing.T) {
 	t.Parallel()
-	nobody, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer nobody.Close()
+	nobody := listenLocally(t)
 	socket, err := nobody.(*net.TCPListener).SyscallConn()
 	if err != nil {
 		t.Fatal(err)

@@ -140,19 +140,17 @@ func (r *relay) terminate(t *testing.T) {
 	sqlExec(t, sharedDB.pool, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = $1`, r.name)
 }
 
-// openOver opens the tests' database over a relay of its own.
+// openOver is openPrepared for the tests' database, over a relay of its own.
 func openOver(t testing.TB) (*database, *relay) {
 	t.Helper()
-	return openDatabaseOver(t, sharedDatabaseURL())
+	d, r := openDatabaseOver(t, sharedDatabaseURL())
+	prepare(t, d)
+	return d, r
 }
 
 func openDatabaseOver(t testing.TB, databaseURL string) (*database, *relay) {
 	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { listener.Close() })
+	listener := listenLocally(t)
 	r := &relay{name: "test-" + rand.Text(), listener: listener, links: map[*link]bool{}}
 	d := open(t, databaseURL, func(config *pgxpool.Config) {
 		conn := config.ConnConfig
@@ -168,13 +166,13 @@ func openDatabaseOver(t testing.TB, databaseURL string) (*database, *relay) {
 	return d, r
 }
 
-var crowd sync.Mutex
+var turns sync.Mutex
 
 // takeTurns makes a test, which opens as many connections as a service may,
 // wait for the others of that kind: Neon's smallest compute takes 97.
 func takeTurns(t *testing.T) {
-	crowd.Lock()
-	t.Cleanup(crowd.Unlock)
+	turns.Lock()
+	t.Cleanup(turns.Unlock)
 }
 
 // connect opens n connections, before anything goes wrong.
@@ -195,40 +193,37 @@ func TestLostRequestsAndAnswers(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {
 		name, method, path, body string
-		headers                  string // "" or one header, with which the request may be repeated
-		status, again            int    // the status then
-		was, is                  string // the user's tasks where the request was lost, and where its answer was
+		header, value            string // with which the request may be repeated, or ""
+		status                   int
+		unmade, made             int    // the status of its repetition: where the request was lost, and where its answer was
+		was, is                  string // the user's tasks in the same two cases
 	}{
-		{"list", "GET", "", "", "", 200, 0, "before", "before"},
-		{"get", "GET", "/ID", "", "", 200, 0, "before", "before"},
-		{"create", "POST", "", `{"title": "new"}`, "", 503, 0, "before", "new, before"},
-		{"create with a key", "POST", "", `{"title": "new"}`, "Idempotency-Key: k", 201, 201, "new, before", "new, before"},
-		{"toggle", "PATCH", "/ID/complete", "", "", 503, 0, "before", "before done"},
-		{"patch", "PATCH", "/ID", `{"title": "after"}`, "", 503, 0, "before", "after"},
-		{"patch of a version", "PATCH", "/ID", `{"title": "after"}`, "If-Match: ETAG", 503, 200, "before", "after"},
-		{"delete", "DELETE", "/ID", "", "", 503, 0, "before", ""},
+		{"list", "GET", "", "", "", "", 200, 0, 0, "before", "before"},
+		{"get", "GET", "/ID", "", "", "", 200, 0, 0, "before", "before"},
+		{"create", "POST", "", `{"title": "new"}`, "", "", 503, 0, 0, "before", "new, before"},
+		{"create with a key", "POST", "", `{"title": "new"}`, "Idempotency-Key", "k", 201, 201, 201, "new, before", "new, before"},
+		{"toggle", "PATCH", "/ID/complete", "", "", "", 503, 0, 0, "before", "before done"},
+		{"patch", "PATCH", "/ID", `{"title": "after"}`, "", "", 503, 0, 0, "before", "after"},
+		{"patch of a version", "PATCH", "/ID", `{"title": "after"}`, "If-Match", "ETAG", 503, 200, 412, "before", "after"},
+		{"delete", "DELETE", "/ID", "", "", "", 503, 0, 0, "before", ""},
 	} {
 		for _, lost := range []string{"request", "answer"} {
 			d, r := openOver(t)
-			prepare(t, d)
 			c := newClientOf(t, newService(t, d), "test-"+rand.Text())
 			before := c.do("POST", "", `{"title": "before"}`)
 			connect(t, d, 2)
 			path := strings.ReplaceAll(row.path, "ID", fmt.Sprint(decode[wireTask](t, before.body).ID))
 			var headers []string
-			if name, value, ok := strings.Cut(row.headers, ": "); ok {
-				headers = []string{name, strings.ReplaceAll(value, "ETAG", before.header.Get("ETag"))}
+			if row.header != "" {
+				headers = []string{row.header, strings.ReplaceAll(row.value, "ETAG", before.header.Get("ETag"))}
 			}
 			c.send("GET", "/health/ready", "") // or a pre-ping would meet the loss where the machine paused for a second
-			want, again := row.was, row.again
+			want, again := row.was, row.unmade
 			if lost == "request" {
 				r.loseRequests.Store(1)
 			} else {
 				r.loseAnswers.Store(1)
-				want = row.is
-				if row.method == "PATCH" && again == 200 {
-					again = 412 // it had been made
-				}
+				want, again = row.is, row.made
 			}
 			a := c.do(row.method, path, row.body, headers...)
 			if a.status != row.status || a.status == 503 && (a.header.Get("Retry-After") == "" || !strings.Contains(a.body, "may have been made or not")) {
@@ -261,7 +256,6 @@ func TestLostRequestsAndAnswers(t *testing.T) {
 func TestLostAnswerThenNoDatabase(t *testing.T) {
 	t.Parallel()
 	d, r := openOver(t)
-	prepare(t, d)
 	c := newClient(t)
 	connect(t, d, 1)
 	r.loseAnswers.Store(1)
@@ -297,9 +291,7 @@ func newLedger(t *testing.T, service, via string) *ledger {
 	l := &ledger{t: t, via: via, states: map[string][]string{}}
 	for i := range l.users {
 		l.users[i] = newClientOf(t, service, "test-"+rand.Text())
-		transport := &http.Transport{MaxIdleConnsPerHost: 100}
-		t.Cleanup(transport.CloseIdleConnections)
-		l.users[i].http = &http.Client{Transport: transport}
+		l.users[i].http = keepingConnections(t)
 	}
 	return l
 }
@@ -487,7 +479,6 @@ func TestNothingIsLost(t *testing.T) {
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			d, r := openOver(t)
-			prepare(t, d)
 			service := newService(t, d)
 			c, l := newClientOf(t, service, "test-"+rand.Text()), newLedger(t, service, r.name)
 			c.create("before")
@@ -558,7 +549,6 @@ func TestSilentPeer(t *testing.T) {
 	t.Parallel()
 	takeTurns(t)
 	d, r := openOver(t)
-	prepare(t, d)
 	l := newLedger(t, newService(t, d), r.name)
 	l.run()
 	r.silence()
@@ -576,7 +566,6 @@ func TestSilentPeer(t *testing.T) {
 func TestLongRestart(t *testing.T) {
 	t.Parallel()
 	d, r := openOver(t)
-	prepare(t, d)
 	c := newClientOf(t, newService(t, d), "test-"+rand.Text())
 	r.down.Store(true)
 	d.pool.Reset() // what is sent on a connection that is cut may have run
@@ -625,7 +614,6 @@ func TestExhaustedPool(t *testing.T) {
 	t.Parallel()
 	takeTurns(t)
 	d, r := openOver(t)
-	prepare(t, d)
 	c := newClientOf(t, newService(t, d), "test-"+rand.Text())
 	path := fmt.Sprintf("/api/%s/tasks/%d", c.user, c.create("locked").ID)
 	tx := begin(t, sharedDB)

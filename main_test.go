@@ -79,6 +79,17 @@ func freePort(t testing.TB) string {
 	return ""
 }
 
+// listenLocally listens on a free port of this machine until the test ends.
+func listenLocally(t testing.TB) net.Listener {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { listener.Close() })
+	return listener
+}
+
 // waitLive returns when /health/live answers.
 func (p *process) waitLive() {
 	p.t.Helper()

@@ -125,6 +125,14 @@ func newClientOf(t testing.TB, service, user string) *client {
 	return &client{t: t, http: http.DefaultClient, service: service, user: user, authorization: "Bearer " + token}
 }
 
+// keepingConnections returns an HTTP client for many requests at a time, whose
+// connections live until the test ends. The default one keeps two.
+func keepingConnections(t testing.TB) *http.Client {
+	transport := &http.Transport{MaxIdleConnsPerHost: 64}
+	t.Cleanup(transport.CloseIdleConnections)
+	return &http.Client{Transport: transport}
+}
+
 // An answer is a response, read.
 type answer struct {
 	status int
