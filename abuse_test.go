@@ -27,6 +27,10 @@ func TestAbuse(t *testing.T) {
 	const crowd = 400
 	const head = "GET /health/live HTTP/1.1\r\nHost: todo\r\n"
 	const pipelined = 50
+	patience := 5 * time.Second // of the others
+	if underRace() {
+		patience = 20 * time.Second
+	}
 	for _, row := range []struct {
 		name    string
 		text    func(c *client) string
@@ -87,8 +91,8 @@ func TestAbuse(t *testing.T) {
 			}()
 			for {
 				start := time.Now()
-				if a, err := c.try("GET", "/api/"+c.user+"/tasks", ""); err != nil || a.status != 200 || time.Since(start) > 5*time.Second {
-					t.Errorf("meanwhile a list = %d %s %v after %v, want 200 at once", a.status, a.body, err, time.Since(start))
+				if a, err := c.try("GET", "/api/"+c.user+"/tasks", ""); err != nil || a.status != 200 || time.Since(start) > patience {
+					t.Errorf("meanwhile a list = %d %s %v after %v, want 200 within %v", a.status, a.body, err, time.Since(start), patience)
 				}
 				select {
 				case <-done:
