@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"bytes"
 	"cmp"
-	"context"
 	"crypto/rand"
 	"fmt"
 	"io"
@@ -121,7 +120,7 @@ func FuzzHandler(f *testing.F) {
 	secret := "secret-" + rand.Text()
 	id := stranger.create(secret).ID
 	own := c.create("Milk")
-	s := newServer(context.Background(), sharedAuth, sharedDB, slog.New(slog.DiscardHandler), []string{"https://app.example.com"}, "")
+	s := newServer(sharedAuth, sharedDB, slog.New(slog.DiscardHandler), []string{"https://app.example.com"}, "")
 
 	tasks := "/api/" + c.user + "/tasks"
 	one := fmt.Sprint(tasks, "/", own.ID)

@@ -20,7 +20,7 @@ const (
 	clockLeeway   = 30 * time.Second // between the front end's clock and ours
 	tokenLifetime = time.Hour        // of the tokens that `todo-app token` makes
 	year10000     = 253402300800     // seconds since 1970
-	maxKnown      = 1000             // tokens whose verdict is remembered, and
+	maxKnown      = 1000             // tokens that are remembered, and
 	maxKnownSize  = 1000             // bytes of such a token
 )
 
@@ -29,39 +29,29 @@ const (
 type authenticator struct {
 	keys             jwt.VerificationKeySet // the first one signs
 	parser           *jwt.Parser
-	audience, issuer string // required of a token unless ""
+	validator        *jwt.Validator // of the claims alone
+	audience, issuer string         // required of a token unless ""
 
 	mu    sync.Mutex
-	known map[string]verdict // of tokens whose every byte but the time was checked before
-}
-
-// A verdict is for whom and when a token is good.
-type verdict struct {
-	user          string
-	begins, until time.Time // the leeway included
+	known map[string]jwt.MapClaims // by token; its signature was verified before
 }
 
 // newAuthenticator takes the settings BETTER_AUTH_SECRET, BETTER_AUTH_SECRETS
 // (Better Auth's "2:new,1:old"), JWT_AUDIENCE and JWT_ISSUER, "" where unset.
 // Its errors name the setting and show no secret.
 func newAuthenticator(secret, secrets, audience, issuer string) (*authenticator, error) {
-	a := &authenticator{audience: audience, issuer: issuer, known: map[string]verdict{}}
+	a := &authenticator{audience: audience, issuer: issuer, known: map[string]jwt.MapClaims{}}
 	if secret == "" && secrets == "" {
 		return nil, errors.New("BETTER_AUTH_SECRET is not set: it takes the secret that the Next.js side has under the same name")
 	}
 	if secret != "" {
-		if err := checkSecret(secret); err != nil {
+		if err := a.addKey(secret); err != nil { // as it is: not decoded, not trimmed
 			return nil, fmt.Errorf("BETTER_AUTH_SECRET %w", err)
 		}
-		a.keys.Keys = append(a.keys.Keys, []byte(secret)) // as it is: not decoded, not trimmed
 	}
 	if secrets != "" {
-		values, err := splitSecrets(secrets)
-		if err != nil {
+		if err := a.addKeys(secrets); err != nil {
 			return nil, fmt.Errorf("BETTER_AUTH_SECRETS %w", err)
-		}
-		for _, v := range values {
-			a.keys.Keys = append(a.keys.Keys, []byte(v))
 		}
 	}
 	options := []jwt.ParserOption{
@@ -76,12 +66,30 @@ func newAuthenticator(secret, secrets, audience, issuer string) (*authenticator,
 	if issuer != "" {
 		options = append(options, jwt.WithIssuer(issuer))
 	}
-	a.parser = jwt.NewParser(options...)
+	a.parser, a.validator = jwt.NewParser(options...), jwt.NewValidator(options...)
 	return a, nil
 }
 
-// checkSecret refuses what anybody could guess. golang-jwt would verify with an empty key.
-func checkSecret(secret string) error {
+// addKeys takes a rotation list, the current secret first. It is as strict as
+// Better Auth, and takes digits alone for a version.
+func (a *authenticator) addKeys(list string) error {
+	seen := map[uint64]bool{}
+	for i, entry := range strings.Split(list, ",") {
+		version, secret, _ := strings.Cut(entry, ":")
+		n, err := strconv.ParseUint(strings.TrimSpace(version), 10, 64)
+		if err != nil || seen[n] {
+			return fmt.Errorf("must be a list like 2:new,1:old; entry %d has no version, or that of another", i+1)
+		}
+		seen[n] = true
+		if err := a.addKey(strings.TrimSpace(secret)); err != nil {
+			return fmt.Errorf("entry %d %w", i+1, err)
+		}
+	}
+	return nil
+}
+
+// addKey refuses what anybody could guess. golang-jwt would verify with an empty key.
+func (a *authenticator) addKey(secret string) error {
 	// What Better Auth falls back to where no secret is set: up to 1.3, and since.
 	defaults := []string{"better-auth-secret-123456789", "better-auth-secret-12345678901234567890"}
 	switch {
@@ -90,31 +98,8 @@ func checkSecret(secret string) error {
 	case len(secret) < minSecret:
 		return fmt.Errorf("has fewer than %d bytes: `openssl rand -base64 32` makes a good one", minSecret)
 	}
+	a.keys.Keys = append(a.keys.Keys, []byte(secret))
 	return nil
-}
-
-// splitSecrets returns the values of Better Auth's rotation list, the current
-// one first. It is as strict as Better Auth, and takes digits alone for a version.
-func splitSecrets(list string) ([]string, error) {
-	var values []string
-	seen := map[uint64]bool{}
-	for i, entry := range strings.Split(list, ",") {
-		version, value, _ := strings.Cut(entry, ":")
-		value = strings.TrimSpace(value)
-		n, err := strconv.ParseUint(strings.TrimSpace(version), 10, 64)
-		if err != nil || value == "" {
-			return nil, fmt.Errorf("must be a list like 2:new,1:old; its entry %d is not a version and a secret", i+1)
-		}
-		if seen[n] {
-			return nil, fmt.Errorf("has two entries of version %d", n)
-		}
-		if err := checkSecret(value); err != nil {
-			return nil, fmt.Errorf("entry %d %w", i+1, err)
-		}
-		seen[n] = true
-		values = append(values, value)
-	}
-	return values, nil
 }
 
 // user returns the verified user of a request: errNoToken without a bearer
@@ -125,10 +110,7 @@ func (a *authenticator) user(r *http.Request) (string, error) {
 	if len(headers) > 1 {
 		return "", refuseToken("more than one Authorization header")
 	}
-	if len(headers) == 0 {
-		return "", errNoToken
-	}
-	scheme, token, _ := strings.Cut(headers[0], " ")
+	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
 	token = strings.TrimLeft(token, " ")
 	if !strings.EqualFold(scheme, "Bearer") || token == "" {
 		return "", errNoToken
@@ -140,59 +122,56 @@ func (a *authenticator) user(r *http.Request) (string, error) {
 // never made of anything that the token says.
 func refuseToken(reason string) error { return fmt.Errorf("%w: %s", errBadToken, reason) }
 
-var errCritical = errors.New("crit header")
-
 // verify returns the user whom a token speaks for. A front end sends the same
-// token for minutes: its signature and claims are checked once, its time each time.
-func (a *authenticator) verify(raw string) (string, error) {
+// token for minutes: its signature is verified once, its claims each time.
+func (a *authenticator) verify(token string) (string, error) {
 	a.mu.Lock()
-	v, ok := a.known[raw]
+	claims, known := a.known[token]
 	a.mu.Unlock()
-	if now := time.Now(); ok && !now.Before(v.begins) && now.Before(v.until) {
-		return v.user, nil
-	}
-	v, err := a.judge(raw)
-	if err == nil && len(raw) <= maxKnownSize {
-		a.mu.Lock()
-		defer a.mu.Unlock()
-		if len(a.known) >= maxKnown {
-			clear(a.known)
+	if !known || a.validator.Validate(claims) != nil {
+		var err error
+		if claims, err = a.parse(token); err != nil {
+			return "", err
 		}
-		a.known[raw] = v
+		a.remember(token, claims)
 	}
-	return v.user, err
+	return claims["sub"].(string), nil
 }
 
-// judge checks everything about a token.
-func (a *authenticator) judge(raw string) (verdict, error) {
+func (a *authenticator) remember(token string, claims jwt.MapClaims) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if len(a.known) >= maxKnown {
+		clear(a.known)
+	}
+	if len(token) <= maxKnownSize {
+		a.known[token] = claims
+	}
+}
+
+// parse returns the claims of a good token, of which sub is a user's id.
+func (a *authenticator) parse(raw string) (jwt.MapClaims, error) {
 	claims := jwt.MapClaims{} // and not RegisteredClaims, which would take "SUB" for "sub"
 	token, err := a.parser.ParseWithClaims(raw, claims, func(t *jwt.Token) (any, error) {
 		if _, ok := t.Header["crit"]; ok { // RFC 7515, 4.1.11: extensions that we would have to understand
-			return nil, errCritical
+			return nil, errors.New("crit")
 		}
 		return a.keys, nil
 	})
 	if err != nil {
-		return verdict{}, refuseToken(refusalReason(token, err))
+		return nil, refuseToken(refusalReason(token, err))
 	}
 	for _, name := range []string{"exp", "nbf"} {
 		if t, ok := claims[name].(float64); ok && (t < 0 || t >= year10000) {
-			return verdict{}, refuseToken(name + " is outside the years 1970 to 9999: is it in milliseconds?")
+			return nil, refuseToken(name + " is outside the years 1970 to 9999: is it in milliseconds?")
 		}
 	}
 	// No other claim stands in for sub: Better Auth signs e-mail links and session
 	// cookies with the same secret, and those carry an id and an e-mail address.
-	user, ok := claims["sub"].(string)
-	if !ok || checkUser(user) != nil {
-		return verdict{}, refuseToken("sub is missing or no usable user id: is this a session cookie or an e-mail link's token?")
+	if user, ok := claims["sub"].(string); !ok || checkUser(user) != nil {
+		return nil, refuseToken("sub is missing or no usable user id: is this a session cookie or an e-mail link's token?")
 	}
-	exp, _ := claims.GetExpirationTime() // the parser has required the one
-	nbf, _ := claims.GetNotBefore()      // and read both
-	v := verdict{user: user, until: exp.Add(clockLeeway)}
-	if nbf != nil {
-		v.begins = nbf.Add(-clockLeeway)
-	}
-	return v, nil
+	return claims, nil
 }
 
 // refusalReason puts the parser's error in words that lead to its cause.
@@ -204,7 +183,7 @@ func refusalReason(token *jwt.Token, err error) string {
 		return "its parts are not JSON in unpadded base64url"
 	case token.Header["alg"] != jwt.SigningMethodHS256.Name:
 		return "not HS256: is this a jwt-plugin token?"
-	case errors.Is(err, errCritical):
+	case errors.Is(err, jwt.ErrTokenUnverifiable): // no key was given
 		return "it has a crit header"
 	case errors.Is(err, jwt.ErrTokenSignatureInvalid):
 		return "bad signature: do the secrets differ?"

@@ -87,7 +87,7 @@ func serviceOf(t testing.TB, secret, secrets, audience, issuer string) (*httptes
 		t.Fatal(err)
 	}
 	var log bytes.Buffer
-	service := httptest.NewServer(newServer(context.Background(), auth, sharedDB, newLogger(&log, slog.LevelDebug), nil, ""))
+	service := httptest.NewServer(newServer(auth, sharedDB, newLogger(&log, slog.LevelDebug), nil, ""))
 	t.Cleanup(service.Close)
 	return service, &log
 }
@@ -366,7 +366,7 @@ func TestRefusedTokens(t *testing.T) {
 func TestLeeway(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		service := newServer(t.Context(), sharedAuth, sharedDB, slog.New(slog.DiscardHandler), nil, "")
+		service := newServer(sharedAuth, sharedDB, slog.New(slog.DiscardHandler), nil, "")
 		for _, row := range []struct {
 			exp, nbf string
 			status   int

@@ -16,7 +16,7 @@ import (
 // one instance of several or one with other settings.
 func newService(t testing.TB, db *database, origins ...string) string {
 	t.Helper()
-	service := httptest.NewServer(newServer(context.Background(), sharedAuth, db, slog.New(slog.DiscardHandler), origins, ""))
+	service := httptest.NewServer(newServer(sharedAuth, db, slog.New(slog.DiscardHandler), origins, ""))
 	t.Cleanup(service.Close)
 	return service.URL
 }
@@ -336,7 +336,7 @@ func TestCORS(t *testing.T) {
 
 func TestCORSOnPanic(t *testing.T) {
 	t.Parallel()
-	s := newServer(context.Background(), sharedAuth, sharedDB, slog.New(slog.DiscardHandler), []string{"https://app.example.com"}, "")
+	s := newServer(sharedAuth, sharedDB, slog.New(slog.DiscardHandler), []string{"https://app.example.com"}, "")
 	s.mux.HandleFunc("GET /panic", s.handle(func(context.Context, http.ResponseWriter, *http.Request) error { panic("on purpose") }))
 	rec := httptest.NewRecorder()
 	r := httptest.NewRequest("GET", "/panic", nil)

@@ -17,17 +17,17 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
-	"github.com/jackc/pgx/v5/pgtype"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
 const (
 	maxConns         = 15               // Neon's smallest compute takes 97 clients: six instances
-	connectTimeout   = 10 * time.Second // for each address; a sleeping compute is awake in less
+	poolPatience     = 5 * time.Second  // for one of them to be free: overload is answered soon
 	dialTimeout      = 2 * time.Second  // for TCP alone, which Neon's proxy accepts even while the compute sleeps
+	connectTimeout   = 10 * time.Second // for each address; a sleeping compute is awake in less
 	pingTimeout      = time.Second      // for a connection that idled over 1 s, before it is used
+	hangUpTimeout    = time.Second      // for the other side to take note of a connection's end
 	statementTimeout = 30 * time.Second // on the server; the last line behind the request's own deadline
-	poolPatience     = 5 * time.Second  // for one of the connections to be free
 	schemaPatience   = 30 * time.Second // for the database to come up, at start
 	schemaLock       = 7_236_045        // advisory lock that instances starting together queue for
 )
@@ -37,10 +37,6 @@ var schema string
 
 // poolConfig reads a Neon connection string, pooled or direct, into a pool
 // configuration. Its errors name DATABASE_URL and show no part of it.
-//
-// TLS is never optional except on this machine, and on Neon the certificate is
-// checked even where the string, as Neon hands it out, says only "require":
-// that word alone makes pgx, like libpq, accept any certificate.
 func poolConfig(databaseURL string) (*pgxpool.Config, error) {
 	if databaseURL == "" {
 		return nil, errors.New("DATABASE_URL is not set: it takes a postgres:// connection string, as the Neon console shows it")
@@ -58,65 +54,55 @@ func poolConfig(databaseURL string) (*pgxpool.Config, error) {
 		return nil, errors.New("DATABASE_URL cannot be parsed: " + text[strings.LastIndex(text, "`: ")+len("`: "):])
 	}
 	conn := config.ConnConfig
-	hosts := append([]*pgconn.FallbackConfig{{Host: conn.Host, Port: conn.Port, TLSConfig: conn.TLSConfig}}, conn.Fallbacks...)
-	for _, h := range hosts {
-		switch {
-		case h.TLSConfig == nil && !local(h.Host, h.Port):
-			return nil, errors.New("DATABASE_URL: its sslmode allows an unencrypted connection over the network; use sslmode=require or verify-full")
-		case h.TLSConfig != nil && h.TLSConfig.InsecureSkipVerify && strings.HasSuffix(strings.ToLower(strings.TrimSuffix(h.Host, ".")), ".neon.tech"):
-			h.TLSConfig.InsecureSkipVerify = false
-			h.TLSConfig.VerifyPeerCertificate = nil
-			h.TLSConfig.ServerName = h.Host
-		}
+	if err := secure(conn); err != nil {
+		return nil, err
 	}
-
 	// Exec sends each statement in one round trip and leaves nothing on the
 	// server: the cached modes break behind a pooler after a schema change.
 	conn.DefaultQueryExecMode = pgx.QueryExecModeExec
 	conn.ConnectTimeout = connectTimeout
 	conn.RuntimeParams["application_name"] = "todo-app"
-	dial := conn.DialFunc
+	dialer := net.Dialer{Timeout: dialTimeout}
 	conn.DialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
-		ctx, cancel := context.WithTimeout(ctx, dialTimeout)
-		defer cancel()
-		c, err := dial(ctx, network, address)
-		if err != nil {
-			return nil, err
-		}
-		return hastyConn{c}, nil
+		c, err := dialer.DialContext(ctx, network, address)
+		return hastyConn{c}, err
 	}
-	config.AfterConnect = func(_ context.Context, conn *pgx.Conn) error {
-		conn.TypeMap().RegisterType(&pgtype.Type{
-			Name: "timestamptz", OID: pgtype.TimestamptzOID, Codec: &pgtype.TimestamptzCodec{ScanLocation: time.UTC},
-		})
-		return nil
-	}
-
 	// No connection is kept by force and none is renewed while idle: each new
 	// session would restart the five minutes after which Neon goes to sleep.
-	config.MaxConns = maxConns
-	config.MinConns, config.MinIdleConns = 0, 0
+	config.MaxConns, config.MinConns, config.MinIdleConns = maxConns, 0, 0
 	config.MaxConnLifetime, config.MaxConnLifetimeJitter = 5*time.Minute, 30*time.Second
 	config.MaxConnIdleTime, config.HealthCheckPeriod = 2*time.Minute, time.Minute
 	config.PingTimeout = pingTimeout
 	return config, nil
 }
 
-// local reports whether host is this machine: the name localhost, a loopback
-// address or the directory of a Unix socket.
-func local(host string, port uint16) bool {
-	network, _ := pgconn.NetworkAddress(host, port)
-	return network == "unix" || strings.EqualFold(host, "localhost") || net.ParseIP(host).IsLoopback()
+// secure makes TLS compulsory but on this machine. On Neon the certificate is
+// checked even where the string, as Neon hands it out, says only "require":
+// that word alone makes pgx, like libpq, accept any certificate.
+func secure(conn *pgx.ConnConfig) error {
+	hosts := append([]*pgconn.FallbackConfig{{Host: conn.Host, Port: conn.Port, TLSConfig: conn.TLSConfig}}, conn.Fallbacks...)
+	for _, h := range hosts {
+		network, _ := pgconn.NetworkAddress(h.Host, h.Port)
+		local := network == "unix" || strings.EqualFold(h.Host, "localhost") || net.ParseIP(h.Host).IsLoopback()
+		switch {
+		case h.TLSConfig == nil && !local:
+			return errors.New("DATABASE_URL: its sslmode allows an unencrypted connection over the network; use sslmode=require or verify-full")
+		case h.TLSConfig != nil && h.TLSConfig.InsecureSkipVerify && strings.HasSuffix(strings.ToLower(strings.TrimSuffix(h.Host, ".")), ".neon.tech"):
+			h.TLSConfig.InsecureSkipVerify = false
+			h.TLSConfig.VerifyPeerCertificate = nil
+			h.TLSConfig.ServerName = h.Host
+		}
+	}
+	return nil
 }
 
-// A hastyConn waits at most a second for its peer to hang up. pgx grants 15 s
-// to that (asyncClose), and to asking for the statement's end on a connection
-// of its own before, in which a connection that has gone silent keeps its place
-// in the pool: dialTimeout cuts that short where its host is gone.
+// A hastyConn does not wait long for its peer to hang up. pgx grants 15 s to
+// that (asyncClose), in which a connection that has gone silent keeps its place
+// in the pool.
 type hastyConn struct{ net.Conn }
 
 func (c hastyConn) SetDeadline(t time.Time) error {
-	if limit := time.Now().Add(time.Second); t.After(limit) {
+	if limit := time.Now().Add(hangUpTimeout); t.After(limit) {
 		t = limit
 	}
 	return c.Conn.SetDeadline(t)
@@ -125,24 +111,23 @@ func (c hastyConn) SetDeadline(t time.Time) error {
 // A database is the pool of connections to Neon. It opens the first one when
 // it is first needed.
 type database struct {
-	pool   *pgxpool.Pool
-	slots  chan struct{} // holds an element for each statement under way: the queue for the pool
-	ready  chan struct{} // closed once the schema is in place
-	pooler atomic.Bool   // a pooler answers, which refuses the options parameter
-
-	lastLoss                atomic.Int64 // of a connection, in nanoseconds since 1970
-	waits, canceled, waited atomic.Int64 // in the queue: how often, how often in vain, nanoseconds
+	pool     *pgxpool.Pool
+	ready    chan struct{} // closed once the schema is in place
+	pooler   atomic.Bool   // a pooler answers, which refuses the options parameter
+	failures atomic.Int32  // to connect, since the last success
 }
 
 func newDatabase(config *pgxpool.Config) (*database, error) {
-	d := &database{slots: make(chan struct{}, maxConns), ready: make(chan struct{})}
+	d := &database{ready: make(chan struct{})}
 	label, _, _ := strings.Cut(config.ConnConfig.Host, ".")
 	d.pooler.Store(strings.HasSuffix(label, "-pooler"))
-	config.BeforeConnect = func(_ context.Context, conn *pgx.ConnConfig) error {
+	config.BeforeConnect = func(ctx context.Context, conn *pgx.ConnConfig) error {
 		if !d.pooler.Load() {
 			// As options, for Neon's proxy drops a plain statement_timeout without a word.
 			conn.RuntimeParams["options"] += fmt.Sprintf(" -c statement_timeout=%d", statementTimeout.Milliseconds())
 		}
+		// Here, where a connection already has one of the places in the pool: however many requests wait, no more than these try.
+		pause(ctx, int(d.failures.Load()))
 		return nil
 	}
 	config.ShouldPing = d.isDead
@@ -151,53 +136,38 @@ func newDatabase(config *pgxpool.Config) (*database, error) {
 	return d, err
 }
 
-// isDead pings a connection that idled for a second, and each for a second
-// after one was lost. To a yes pgxpool pings it once more, in vain, and takes
-// another. What silenced one has silenced the rest: all that idle are dropped,
-// or a request could spend a second on each.
+// isDead pings a connection that idled for a second. To a yes pgxpool pings it
+// once more, in vain, and takes another. What ended one has ended the rest: all
+// that idle are dropped, or a request could spend a second on each.
 func (d *database) isDead(ctx context.Context, p pgxpool.ShouldPingParams) bool {
-	sinceLoss := time.Since(time.Unix(0, d.lastLoss.Load()))
-	if p.IdleDuration < time.Second && sinceLoss > time.Second {
+	if p.IdleDuration < time.Second {
 		return false
 	}
-	patience, cancel := context.WithTimeout(ctx, pingTimeout)
+	ctx, cancel := context.WithTimeout(ctx, pingTimeout)
 	defer cancel()
-	if p.Conn.Ping(patience) == nil {
+	if p.Conn.Ping(ctx) == nil {
 		return false
 	}
-	d.lose()
-	if patience.Err() != nil && ctx.Err() == nil {
-		d.pool.Reset()
-	}
+	d.pool.Reset()
 	return true
 }
-
-// lose takes down the time at which a connection was found lost.
-func (d *database) lose() { d.lastLoss.Store(time.Now().UnixNano()) }
 
 // prepare applies the schema and lets the waiting queries go. A database that
 // cannot be reached is tried again for 30 s.
 func (d *database) prepare(ctx context.Context, log *slog.Logger) error {
-	patience, cancel := context.WithTimeout(ctx, schemaPatience)
+	ctx, cancel := context.WithTimeout(ctx, schemaPatience)
 	defer cancel()
-	for try := 0; ; try++ {
-		err := d.migrate(patience)
+	for try := 1; ; try++ {
+		err := d.migrate(ctx)
 		_, answered := errors.AsType[*pgconn.PgError](err)
 		switch {
 		case err == nil:
 			close(d.ready)
 			log.Info("database ready")
 			return nil
-		case strings.Contains(err.Error(), "unsupported startup parameter") && !d.pooler.Swap(true):
-			try--
-			continue // a pooler without -pooler in its name
-		case errors.Is(err, errForeignTable), answered && !transient(err):
+		case answered && !transient(err):
 			return fmt.Errorf("apply schema.sql: %w", err)
-		}
-		if try == 0 {
-			log.Warn("database not ready, trying again", "for", schemaPatience.String(), "error", err.Error())
-		}
-		if !pause(patience, try) {
+		case !pause(ctx, try):
 			return fmt.Errorf("DATABASE_URL: no usable connection in %v: %w", schemaPatience, err)
 		}
 	}
@@ -207,32 +177,27 @@ func (d *database) prepare(ctx context.Context, log *slog.Logger) error {
 // the table's comment in one round trip and without a lock: even CREATE INDEX
 // IF NOT EXISTS would wait for every writer, and hold up all that come after.
 func (d *database) migrate(ctx context.Context) error {
-	const prefix = "todo-app schema "
-	mark := fmt.Sprintf("%s%x", prefix, sha256.Sum256([]byte(schema)))
-	current := func(row pgx.Row) (bool, error) {
-		var table, comment *string
-		if err := row.Scan(&table, &comment); err != nil {
-			return false, err
-		}
-		if table != nil && (comment == nil || !strings.HasPrefix(*comment, prefix)) {
-			return false, errForeignTable
-		}
-		return comment != nil && *comment == mark, nil
-	}
-	// Both from the statement's snapshot: to_regclass alone would see a table that another instance has just
-	// committed, without its comment.
-	const look = `SELECT (SELECT relname::text FROM pg_class WHERE oid = to_regclass('tasks')),
-		obj_description(to_regclass('tasks'), 'pg_class')`
-	if done, err := current(d.pool.QueryRow(ctx, look)); done || err != nil {
+	conn, err := d.acquire(ctx)
+	if err != nil {
 		return err
 	}
-	return pgx.BeginFunc(ctx, d.pool, func(tx pgx.Tx) error {
+	defer conn.Release()
+	mark := fmt.Sprintf("todo-app schema %x", sha256.Sum256([]byte(schema)))
+	current := func() (done bool, err error) {
+		const look = `SELECT COALESCE(obj_description(to_regclass('tasks'), 'pg_class'), '') = $1`
+		err = conn.QueryRow(ctx, look, mark).Scan(&done)
+		return done, err
+	}
+	if done, err := current(); done || err != nil {
+		return err
+	}
+	return pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
 		// The lock belongs to the transaction: behind a pooler a session's lock would outlive it.
 		lock := fmt.Sprintf(`SET LOCAL lock_timeout = '5s'; SELECT pg_advisory_xact_lock(%d)`, schemaLock)
 		if _, err := tx.Exec(ctx, lock); err != nil {
 			return err
 		}
-		if done, err := current(tx.QueryRow(ctx, look)); done || err != nil {
+		if done, err := current(); done || err != nil {
 			return err
 		}
 		_, err := tx.Exec(ctx, schema+fmt.Sprintf(`COMMENT ON TABLE tasks IS '%s'`, mark))
@@ -240,33 +205,38 @@ func (d *database) migrate(ctx context.Context) error {
 	})
 }
 
-var errForeignTable = errors.New("the database has a table tasks that todo-app did not make; it is left alone: rename it, or give todo-app a database of its own")
-
 // query runs one statement, in one round trip, and returns its rows. Its error
 // is errUnavailable where nothing has changed, for the database was not
 // reached, had no capacity or gave up; errNoAnswer where the statement was sent
 // and no answer came, so that it may have run; or else its own fault.
 //
-// A repeatable statement is sent once more when the connection is lost, after
-// a pause, for a restart takes the other connections one by one. Which errors
-// mean "lost" is not read from their kind: pgconn.SafeToRetry says yes to
-// statements that ran, and Neon's proxy reports its own failures as XX000. What
-// counts is that pgx has closed the connection.
+// A repeatable statement is sent once more when the connection is lost. Which
+// errors mean "lost" is not read from their kind: pgconn.SafeToRetry says yes
+// to statements that ran, and Neon's proxy reports its own failures as XX000.
+// What counts is that pgx has closed the connection.
 func query[T any](ctx context.Context, d *database, repeatable bool, scan pgx.RowToFunc[T], sql string, args ...any) ([]T, error) {
+	select {
+	case <-d.ready:
+	case <-ctx.Done():
+		return nil, fmt.Errorf("%w: wait for the schema: %w", errUnavailable, ctx.Err())
+	}
 	failure := errUnavailable
 	for attempt := 1; ; attempt++ {
 		conn, err := d.acquire(ctx)
 		if err != nil {
 			return nil, fmt.Errorf("%w: %w", failure, err)
 		}
-		found, lost, err := once(ctx, d, conn, scan, sql, args...)
+		found, lost, err := once(ctx, conn, scan, sql, args...)
 		if lost {
 			failure = errNoAnswer
+		}
+		if lost && ctx.Err() == nil {
+			d.pool.Reset() // a restart ends the other connections too, one by one
 		}
 		switch {
 		case err == nil:
 			return found, nil
-		case lost && repeatable && attempt == 1 && pause(ctx, 0):
+		case lost && repeatable && attempt == 1:
 			continue
 		case lost, transient(err), ctx.Err() != nil:
 			return nil, fmt.Errorf("%w: %w", failure, err)
@@ -278,66 +248,39 @@ func query[T any](ctx context.Context, d *database, repeatable bool, scan pgx.Ro
 
 // once runs a statement and gives its connection back, even where scan panics.
 // It reports whether the connection was lost.
-func once[T any](ctx context.Context, d *database, conn *pgxpool.Conn, scan pgx.RowToFunc[T], sql string, args ...any) (found []T, lost bool, err error) {
-	defer d.release(conn)
+func once[T any](ctx context.Context, conn *pgxpool.Conn, scan pgx.RowToFunc[T], sql string, args ...any) (found []T, lost bool, err error) {
+	defer conn.Release()
 	rows, err := conn.Query(ctx, sql, args...)
 	if err == nil {
 		found, err = pgx.CollectRows(rows, scan)
 	}
-	if lost = conn.Conn().IsClosed(); lost {
-		d.lose()
-	}
-	return found, lost, err
+	return found, conn.Conn().IsClosed(), err
 }
 
 // acquire gets a connection for one statement. Connecting is tried again until
-// the request's deadline, for nothing has been sent yet, and Neon may be waking
-// up; the wait for a place before it is shorter, so that overload is answered soon.
+// ctx is done, for nothing has been sent yet, and Neon may be waking up. Where
+// others have connections, the wait for one of them is shorter.
 func (d *database) acquire(ctx context.Context) (*pgxpool.Conn, error) {
-	select {
-	case <-d.ready:
-	case <-ctx.Done():
-		return nil, fmt.Errorf("wait for the schema: %w", ctx.Err())
-	}
-	if err := d.queue(ctx); err != nil {
-		return nil, err
-	}
-	for try := 0; ; try++ {
-		conn, err := d.pool.Acquire(ctx)
-		if err == nil {
+	var failure error
+	for {
+		patience, cancel := context.WithTimeout(ctx, poolPatience)
+		conn, err := d.pool.Acquire(patience)
+		inVain := patience.Err() != nil
+		cancel()
+		switch {
+		case err == nil:
+			d.failures.Store(0)
 			return conn, nil
+		case ctx.Err() != nil && failure != nil:
+			return nil, failure
+		case ctx.Err() != nil, inVain && d.pool.Stat().AcquiredConns() > 0:
+			return nil, fmt.Errorf("wait for a connection: %w", err)
+		case inVain, strings.Contains(err.Error(), "unsupported startup parameter") && !d.pooler.Swap(true):
+			continue // connecting goes on, or to a pooler without -pooler in its name
 		}
-		if !pause(ctx, try) {
-			<-d.slots
-			return nil, err
-		}
+		failure = err
+		d.failures.Add(1)
 	}
-}
-
-// queue waits for a place among the statements under way.
-func (d *database) queue(ctx context.Context) error {
-	select {
-	case d.slots <- struct{}{}:
-		return nil
-	default:
-	}
-	d.waits.Add(1)
-	defer func(start time.Time) { d.waited.Add(int64(time.Since(start))) }(time.Now())
-	select {
-	case d.slots <- struct{}{}:
-		return nil
-	case <-time.After(poolPatience):
-		d.canceled.Add(1)
-		return fmt.Errorf("all %d connections were busy for %v", maxConns, poolPatience)
-	case <-ctx.Done():
-		d.canceled.Add(1)
-		return fmt.Errorf("wait for a connection: %w", ctx.Err())
-	}
-}
-
-func (d *database) release(conn *pgxpool.Conn) {
-	conn.Release()
-	<-d.slots
 }
 
 // ping makes one round trip.
@@ -346,24 +289,15 @@ func (d *database) ping(ctx context.Context) error {
 	return err
 }
 
-// close ends the connections, and returns when they are gone or ctx is done.
-func (d *database) close(ctx context.Context) {
-	closed := make(chan struct{})
-	go func() {
-		d.pool.Close()
-		close(closed)
-	}()
-	select {
-	case <-closed:
-	case <-ctx.Done():
+// pause waits after so many failures: not at all after none, then from 12 ms
+// on twice as long each time, up to half a second, and half of it by chance, so
+// that many who lost the same database do not come back as one. It reports
+// whether ctx still runs.
+func pause(ctx context.Context, failures int) bool {
+	if failures == 0 {
+		return true
 	}
-}
-
-// pause waits before another try, counted from 0: twice as long each time, up
-// to half a second, and half of it by chance, so that many who lost the same
-// database do not come back as one. It reports whether ctx still runs.
-func pause(ctx context.Context, try int) bool {
-	longest := min(25*time.Millisecond<<min(try, 5), 500*time.Millisecond)
+	longest := min(25*time.Millisecond<<min(failures-1, 5), 500*time.Millisecond)
 	select {
 	case <-time.After(longest/2 + rand.N(longest/2)):
 		return true

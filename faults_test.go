@@ -183,7 +183,7 @@ func connect(t testing.TB, d *database, n int) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer d.release(conn)
+		defer conn.Release()
 	}
 }
 
@@ -262,9 +262,9 @@ func TestLostAnswerThenNoDatabase(t *testing.T) {
 	r.down.Store(true)
 	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 	defer cancel()
-	_, _, err := d.insertTask(ctx, c.user, change{title: new("lost")}, new("k"))
+	_, _, err := d.insert(ctx, c.user, change{title: new("lost")}, new("k"))
 	if !errors.Is(err, errNoAnswer) {
-		t.Errorf("insertTask = %v, want %v", err, errNoAnswer)
+		t.Errorf("insert = %v, want %v", err, errNoAnswer)
 	}
 	if tasks := decode[[]wireTask](t, c.do("GET", "", "").body); len(tasks) != 1 {
 		t.Errorf("there are %d tasks, want the one whose answer was lost", len(tasks))
@@ -433,7 +433,7 @@ func TestNothingIsLost(t *testing.T) {
 		name  string
 		reads bool // succeed nevertheless
 		leave bool // clients do, about half the time
-		// Each of the 15 places may try to connect eight times a second, first sooner, then later.
+		// Each of the 15 places may try to connect eight times a second, first sooner, then later; and each loss renews all.
 		leastDials, mostDials int64
 		fault                 func(t *testing.T, r *relay, tick int)
 	}{
@@ -447,8 +447,8 @@ func TestNothingIsLost(t *testing.T) {
 				r.terminate(t)
 			}
 		}},
-		{"requests lost", false, false, 2 * maxConns, 500, func(_ *testing.T, r *relay, _ int) { r.loseRequests.Store(2) }},
-		{"answers lost", false, false, 2 * maxConns, 500, func(_ *testing.T, r *relay, _ int) { r.loseAnswers.Store(2) }},
+		{"requests lost", false, false, 2 * maxConns, 1500, func(_ *testing.T, r *relay, _ int) { r.loseRequests.Store(2) }},
+		{"answers lost", false, false, 2 * maxConns, 1500, func(_ *testing.T, r *relay, _ int) { r.loseAnswers.Store(2) }},
 		{"database restarts", true, false, 2 * maxConns, 400, func(_ *testing.T, r *relay, tick int) {
 			switch tick { // far apart, or a slow machine has one request meet two restarts
 			case 0, 50:
@@ -592,7 +592,7 @@ func TestPause(t *testing.T) {
 			least, most := longest, time.Duration(0)
 			for range 1000 {
 				start := time.Now()
-				if !pause(t.Context(), try) {
+				if !pause(t.Context(), try+1) {
 					t.Fatal("the context ended")
 				}
 				least, most = min(least, time.Since(start)), max(most, time.Since(start))
@@ -603,8 +603,12 @@ func TestPause(t *testing.T) {
 		}
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
-		if pause(ctx, 0) {
+		if pause(ctx, 1) {
 			t.Error("a pause does not end with its context")
+		}
+		start := time.Now()
+		if !pause(t.Context(), 0) || time.Since(start) > 0 {
+			t.Error("a pause without a failure")
 		}
 	})
 }
@@ -626,7 +630,7 @@ func TestExhaustedPool(t *testing.T) {
 			}
 		})
 	}
-	eventually(t, "fifteen statements under way", func() bool { return len(d.slots) == maxConns })
+	eventually(t, "fifteen statements under way", func() bool { return d.pool.Stat().AcquiredConns() == maxConns })
 	var late sync.WaitGroup
 	for range 30 {
 		late.Go(func() {

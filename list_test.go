@@ -207,18 +207,17 @@ func TestRefusedQueries(t *testing.T) {
 	}
 }
 
-// A statementTracer keeps the last list that the service asked the database for.
+// A statementTracer keeps what the service asked the database about tasks.
 type statementTracer struct {
-	mu   sync.Mutex
-	sql  string
-	args []any
+	mu    sync.Mutex
+	asked []pgx.TraceQueryStartData
 }
 
 func (s *statementTracer) TraceQueryStart(ctx context.Context, _ *pgx.Conn, data pgx.TraceQueryStartData) context.Context {
 	if strings.Contains(data.SQL, "FROM tasks") && !strings.Contains(data.SQL, "EXPLAIN") {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		s.sql, s.args = data.SQL, data.Args
+		s.asked = append(s.asked, data)
 	}
 	return ctx
 }
@@ -267,8 +266,8 @@ func TestListsReadOneIndex(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var asked statementTracer
-	config.ConnConfig.Tracer = &asked
+	var tracer statementTracer
+	config.ConnConfig.Tracer = &tracer
 	db, err := newDatabase(config)
 	if err != nil {
 		t.Fatal(err)
@@ -292,24 +291,28 @@ func TestListsReadOneIndex(t *testing.T) {
 	if err := db.pool.QueryRow(t.Context(), `SELECT min(id) FROM tasks`).Scan(&oldest); err != nil {
 		t.Fatal(err)
 	}
-	service := httptest.NewServer(newServer(context.Background(), sharedAuth, db, slog.New(slog.DiscardHandler), nil, ""))
+	service := httptest.NewServer(newServer(sharedAuth, db, slog.New(slog.DiscardHandler), nil, ""))
 	t.Cleanup(service.Close)
 
-	// explain lists over HTTP and returns the plan of the very statement, with its arguments, that this came to.
-	explain := func(user, query string) plan {
+	// explain lists over HTTP and returns the plans of the very statements, with their arguments, that this came to.
+	explain := func(user, query string) (plans []plan) {
 		t.Helper()
+		tracer.asked = nil
 		if a := newClientOf(t, service.URL, user).do("GET", query, ""); a.status != 200 {
 			t.Fatalf("list %s = %d %s, want 200", query, a.status, a.body)
 		}
-		var text string
-		if err := db.pool.QueryRow(t.Context(), `EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) `+asked.sql, asked.args...).Scan(&text); err != nil {
-			t.Fatalf("explain list %s: %v", query, err)
+		for _, asked := range tracer.asked {
+			var text string
+			if err := db.pool.QueryRow(t.Context(), `EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) `+asked.SQL, asked.Args...).Scan(&text); err != nil {
+				t.Fatalf("explain list %s: %v", query, err)
+			}
+			var explained []struct{ Plan plan }
+			if err := json.Unmarshal([]byte(text), &explained); err != nil {
+				t.Fatal(err)
+			}
+			plans = append(plans, explained[0].Plan)
 		}
-		var plans []struct{ Plan plan }
-		if err := json.Unmarshal([]byte(text), &plans); err != nil {
-			t.Fatal(err)
-		}
-		return plans[0].Plan
+		return plans
 	}
 
 	middle := fmt.Sprintf("before=%d", oldest+30000)
@@ -322,11 +325,11 @@ func TestListsReadOneIndex(t *testing.T) {
 			for _, total := range []string{"", "&total=true"} {
 				query := "?" + start + filter + total
 				var scans []plan
-				for _, node := range explain("many", query).nodes() {
+				for _, node := range (plan{Type: "Limit", Plans: explain("many", query)}).nodes() {
 					switch node.Type {
 					case "Index Scan", "Index Only Scan":
 						scans = append(scans, node)
-					case "Limit", "Nested Loop", "Aggregate", "Subquery Scan":
+					case "Limit", "Aggregate":
 					default:
 						t.Errorf("list %s: the plan has a %s", query, node.Type)
 					}
@@ -334,7 +337,7 @@ func TestListsReadOneIndex(t *testing.T) {
 						t.Errorf("list %s: a %s throws %v rows away", query, node.Type, node.Removed)
 					}
 				}
-				if want := 1 + strings.Count(total, "true"); len(scans) != want || scans[len(scans)-1].Index != index {
+				if want := 1 + strings.Count(total, "true"); len(scans) != want || scans[0].Index != index {
 					t.Errorf("list %s reads %+v, want %d scans and the page's of %s", query, scans, want, index)
 				}
 			}
@@ -349,7 +352,7 @@ func TestListsReadOneIndex(t *testing.T) {
 		{"many", "?limit=5", 6}, {"many", "?limit=5&completed=true", 6}, {"many", "?limit=5&completed=false", 6}, {"hardly any", "?limit=20&completed=true", 10},
 	} {
 		for _, before := range []int64{math.MaxInt64, oldest + 30000, oldest + 3000} {
-			p := explain(row.user, fmt.Sprintf("%s&before=%d", row.query, before))
+			p := explain(row.user, fmt.Sprintf("%s&before=%d", row.query, before))[0]
 			if blocks := p.Hit + p.Read; p.Rows != row.rows || blocks > 20 { // three levels of an index, and a block for each row
 				t.Errorf("list %s of %s before %d touches %d blocks for %v rows, want at most 20 for %v", row.query, row.user, before, blocks, p.Rows, row.rows)
 			}

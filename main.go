@@ -9,7 +9,6 @@ import (
 	"cmp"
 	"context"
 	"crypto/rand"
-	"crypto/sha256"
 	_ "embed"
 	"encoding/json"
 	"errors"
@@ -20,9 +19,9 @@ import (
 	"mime"
 	"net"
 	"net/http"
-	"net/url"
 	"os"
 	"os/signal"
+	"regexp"
 	"runtime"
 	"runtime/debug"
 	"slices"
@@ -31,10 +30,7 @@ import (
 	"sync"
 	"syscall"
 	"time"
-	"unicode/utf16"
 	"unicode/utf8"
-
-	"github.com/jackc/pgx/v5/pgxpool"
 )
 
 const (
@@ -55,9 +51,9 @@ const (
 	maxBody   = 64 << 10       // bytes; four times the largest sensible task
 
 	// Cloud Run kills 10 s after SIGTERM. Reckoned from the signal:
-	cancelWork  = 7 * time.Second         // database work still running is cancelled
-	closeConns  = 8 * time.Second         // connections that still wait for a body are cut
-	leaveAtOnce = 8500 * time.Millisecond // the pool is given up
+	cancelWork = 7 * time.Second        // database work still running is cancelled
+	closeConns = 8 * time.Second        // connections that still wait for a body are cut
+	closePool  = 500 * time.Millisecond // is what the pool then has
 )
 
 func main() {
@@ -73,59 +69,41 @@ func main() {
 	}
 }
 
-// run serves until ctx is done or a signal comes, or makes a token. An error
+// run serves until ctx is done or a signal comes, or prints a token. An error
 // before it serves names the setting that is missing or bad.
 func run(ctx context.Context, args []string, getenv func(string) string, stdout io.Writer) error {
 	auth, err := newAuthenticator(getenv("BETTER_AUTH_SECRET"), getenv("BETTER_AUTH_SECRETS"), getenv("JWT_AUDIENCE"), getenv("JWT_ISSUER"))
 	if err != nil {
 		return err
 	}
-	switch {
-	case len(args) == 0:
-		set, err := readSettings(getenv)
-		if err != nil {
-			return err
-		}
-		return serve(ctx, set, auth, newLogger(stdout, set.level))
-	case len(args) == 2 && args[0] == "token":
+	if len(args) == 2 && args[0] == "token" {
 		token, err := auth.sign(args[1])
-		if err != nil {
-			return err
+		if err == nil {
+			_, err = fmt.Fprintln(stdout, token)
 		}
-		_, err = fmt.Fprintln(stdout, token)
 		return err
 	}
-	return errors.New("usage: todo-app serves; todo-app token USER_ID prints a token for an hour")
-}
-
-// The settings of the service but for those of its tokens.
-type settings struct {
-	port, metricsPort string // metricsPort: "" for no metrics
-	level             slog.Level
-	origins           []string // whose pages may call the API
-	project           string   // Google Cloud's, or ""
-	pool              *pgxpool.Config
-}
-
-func readSettings(getenv func(string) string) (settings, error) {
-	set := settings{project: getenv("GOOGLE_CLOUD_PROJECT")}
-	var errs [5]error
-	set.port, errs[0] = portNumber("PORT", cmp.Or(getenv("PORT"), "8080"))
-	if port := getenv("METRICS_PORT"); port != "" {
-		set.metricsPort, errs[1] = portNumber("METRICS_PORT", port)
+	if len(args) > 0 {
+		return errors.New("usage: todo-app serves; todo-app token USER_ID prints a token for an hour")
 	}
-	set.level, errs[2] = logLevel(getenv("LOG_LEVEL"))
-	set.origins, errs[3] = corsOrigins(getenv("CORS_ORIGINS"))
-	set.pool, errs[4] = poolConfig(getenv("DATABASE_URL"))
-	return set, cmp.Or(errs[:]...)
-}
-
-// portNumber checks the setting name, a TCP port.
-func portNumber(name, value string) (string, error) {
-	if n, err := strconv.ParseUint(value, 10, 16); err != nil || n == 0 {
-		return "", fmt.Errorf("%s must be a port number from 1 to 65535", name)
+	var level slog.Level
+	if level.UnmarshalText([]byte(cmp.Or(getenv("LOG_LEVEL"), "info"))) != nil {
+		return errors.New("LOG_LEVEL must be debug, info, warn or error")
 	}
-	return value, nil
+	origins, err := corsOrigins(getenv("CORS_ORIGINS"))
+	if err != nil {
+		return err
+	}
+	config, err := poolConfig(getenv("DATABASE_URL"))
+	if err != nil {
+		return err
+	}
+	db, err := newDatabase(config)
+	if err != nil {
+		return err
+	}
+	s := newServer(auth, db, newLogger(stdout, level), origins, getenv("GOOGLE_CLOUD_PROJECT"))
+	return s.serve(ctx, cmp.Or(getenv("PORT"), "8080"), getenv("METRICS_PORT"))
 }
 
 // corsOrigins splits the setting CORS_ORIGINS into origins as browsers send them.
@@ -133,103 +111,15 @@ func corsOrigins(list string) ([]string, error) {
 	if list == "" {
 		return nil, nil
 	}
+	origin := regexp.MustCompile(`^[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?$`)
 	origins := strings.Split(list, ",")
-	for i, origin := range origins {
-		origins[i] = strings.TrimSpace(origin)
-		u, err := url.Parse(origins[i])
-		if err != nil || u.Scheme == "" || u.Host == "" || strings.ToLower(u.Scheme+"://"+u.Host) != origins[i] || strings.Contains(u.Host, "*") {
+	for i := range origins {
+		origins[i] = strings.TrimSpace(origins[i])
+		if !origin.MatchString(origins[i]) {
 			return nil, errors.New("CORS_ORIGINS must list origins like https://app.example.com, separated by commas: no *, no path, no slash at the end, lower case")
 		}
 	}
 	return origins, nil
-}
-
-func logLevel(value string) (slog.Level, error) {
-	levels := map[string]slog.Level{
-		"": slog.LevelInfo, "debug": slog.LevelDebug, "info": slog.LevelInfo, "warn": slog.LevelWarn, "error": slog.LevelError,
-	}
-	level, ok := levels[strings.ToLower(value)]
-	if !ok {
-		return 0, errors.New("LOG_LEVEL must be debug, info, warn or error")
-	}
-	return level, nil
-}
-
-// serve runs the service until ctx is done or a signal comes. It listens before
-// the database answers, so that a cold one does not fail a deploy: requests
-// wait for it within their deadline.
-func serve(ctx context.Context, set settings, auth *authenticator, log *slog.Logger) error {
-	ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
-	defer stop()
-	db, err := newDatabase(set.pool)
-	if err != nil {
-		return err
-	}
-	work, cancel := context.WithCancel(context.Background())
-	defer cancel()
-	s := newServer(work, auth, db, log, set.origins, set.project)
-	public := &http.Server{
-		Handler:           s,
-		ReadHeaderTimeout: headerTimeout,
-		ReadTimeout:       readTimeout,
-		WriteTimeout:      writeTimeout,
-		IdleTimeout:       idleTimeout,
-		MaxHeaderBytes:    maxHeader,
-		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
-	}
-	failed := make(chan error, 3)
-	if err := listen(public, "PORT", set.port, failed); err != nil {
-		return err
-	}
-	if set.metricsPort != "" {
-		metrics := http.NewServeMux()
-		metrics.HandleFunc("GET /metrics", s.metrics)
-		private := &http.Server{Handler: metrics, ReadTimeout: readTimeout, WriteTimeout: writeTimeout}
-		if err := listen(private, "METRICS_PORT", set.metricsPort, failed); err != nil {
-			return err
-		}
-		defer private.Close()
-	}
-	log.Info("listening", "port", set.port)
-	go func() {
-		if err := db.prepare(ctx, log); err != nil && ctx.Err() == nil {
-			failed <- err
-		}
-	}()
-
-	select {
-	case err := <-failed:
-		return err
-	case <-ctx.Done():
-	}
-	stop() // a second signal ends the process at once
-	log.Info("stopping")
-	time.AfterFunc(cancelWork, cancel)
-	drain(public, db)
-	log.Info("stopped")
-	return nil
-}
-
-// listen serves on all addresses of a port, and sends how that ended to failed.
-func listen(s *http.Server, name, port string, failed chan<- error) error {
-	listener, err := net.Listen("tcp", ":"+port)
-	if err != nil {
-		return fmt.Errorf("%s: %w", name, err)
-	}
-	go func() { failed <- s.Serve(listener) }()
-	return nil
-}
-
-// drain lets the requests in flight finish, as far as the time goes.
-func drain(s *http.Server, db *database) {
-	leave, cancelLeave := context.WithTimeout(context.Background(), leaveAtOnce)
-	defer cancelLeave()
-	finish, cancelFinish := context.WithTimeout(leave, closeConns)
-	defer cancelFinish()
-	if err := s.Shutdown(finish); err != nil {
-		s.Close()
-	}
-	db.close(leave)
 }
 
 // newLogger writes one JSON object a line, in the field names and severities
@@ -242,10 +132,7 @@ func newLogger(w io.Writer, level slog.Level) *slog.Logger {
 			case slog.MessageKey:
 				a.Key = "message"
 			case slog.LevelKey:
-				a.Key = "severity"
-				if a.Value.Any() == slog.LevelWarn {
-					a.Value = slog.StringValue("WARNING")
-				}
+				a = slog.String("severity", strings.Replace(a.Value.String(), "WARN", "WARNING", 1))
 			}
 			return a
 		},
@@ -254,7 +141,6 @@ func newLogger(w io.Writer, level slog.Level) *slog.Logger {
 
 // A server is the API over one database.
 type server struct {
-	work    context.Context // of everything the database does; done when a stop takes too long
 	auth    *authenticator
 	db      *database
 	log     *slog.Logger
@@ -262,31 +148,20 @@ type server struct {
 	project string   // GOOGLE_CLOUD_PROJECT
 	mux     *http.ServeMux
 
+	work   context.Context // of everything the database does
+	cancel func()          // ends it, when a stop takes too long
+
 	mu     sync.Mutex
 	counts map[kind]count
 }
 
-func newServer(work context.Context, auth *authenticator, db *database, log *slog.Logger, origins []string, project string) *server {
-	s := &server{work: work, auth: auth, db: db, log: log, origins: origins, project: project, mux: http.NewServeMux(), counts: map[kind]count{}}
-	allowed := map[string][]string{}
+func newServer(auth *authenticator, db *database, log *slog.Logger, origins []string, project string) *server {
+	s := &server{auth: auth, db: db, log: log, origins: origins, project: project, mux: http.NewServeMux(), counts: map[kind]count{}}
+	s.work, s.cancel = context.WithCancel(context.Background())
 	for pattern, e := range s.routes() {
-		method, path, _ := strings.Cut(pattern, " ")
 		s.mux.HandleFunc(pattern, s.handle(e))
-		allowed[path] = append(allowed[path], method)
-		if method == http.MethodGet {
-			allowed[path] = append(allowed[path], http.MethodHead)
-		}
 	}
-	// The mux would answer these two itself, in plain text.
-	for path, methods := range allowed {
-		slices.Sort(methods)
-		allow := strings.Join(methods, ", ")
-		s.mux.HandleFunc(path, s.handle(func(_ context.Context, w http.ResponseWriter, _ *http.Request) error {
-			w.Header().Set("Allow", allow)
-			return errMethod
-		}))
-	}
-	s.mux.HandleFunc("/", s.handle(func(context.Context, http.ResponseWriter, *http.Request) error { return errNoPath }))
+	s.mux.HandleFunc("/", s.handle(s.noRoute))
 	return s
 }
 
@@ -304,6 +179,85 @@ func (s *server) routes() map[string]endpoint {
 		"GET /health/ready":                        s.ready,
 		"GET /openapi.json":                        document("application/json", openAPI),
 		"GET /docs":                                document("text/html; charset=utf-8", docs),
+	}
+}
+
+// serve runs the service until ctx is done or a signal comes. It listens before
+// the database answers, so that a cold one does not fail a deploy: requests
+// wait for it within their deadline.
+func (s *server) serve(ctx context.Context, port, metricsPort string) error {
+	ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	public := &http.Server{
+		Handler:           s,
+		ReadHeaderTimeout: headerTimeout,
+		ReadTimeout:       readTimeout,
+		WriteTimeout:      writeTimeout,
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    maxHeader,
+		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelWarn),
+	}
+	failed := make(chan error, 3)
+	if err := listen(public, "PORT", port, failed); err != nil {
+		return err
+	}
+	if metricsPort != "" {
+		mux := http.NewServeMux()
+		mux.HandleFunc("GET /metrics", s.metrics)
+		private := &http.Server{Handler: mux, ReadTimeout: readTimeout, WriteTimeout: writeTimeout}
+		if err := listen(private, "METRICS_PORT", metricsPort, failed); err != nil {
+			return err
+		}
+		defer private.Close()
+	}
+	s.log.Info("listening", "port", port)
+	go func() {
+		if err := s.db.prepare(ctx, s.log); err != nil && ctx.Err() == nil {
+			failed <- err
+		}
+	}()
+
+	select {
+	case err := <-failed:
+		return err
+	case <-ctx.Done():
+	}
+	stop() // a second signal ends the process at once
+	s.log.Info("stopping")
+	s.drain(public)
+	s.log.Info("stopped")
+	return nil
+}
+
+// listen serves on all addresses of a port, and sends how that ended to failed.
+func listen(s *http.Server, name, port string, failed chan<- error) error {
+	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+		return fmt.Errorf("%s must be a port number from 1 to 65535", name)
+	}
+	listener, err := net.Listen("tcp", ":"+port)
+	if err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	go func() { failed <- s.Serve(listener) }()
+	return nil
+}
+
+// drain lets the requests in flight finish, as far as the time goes.
+func (s *server) drain(public *http.Server) {
+	time.AfterFunc(cancelWork, s.cancel)
+	ctx, cancel := context.WithTimeout(context.Background(), closeConns)
+	defer cancel()
+	if err := public.Shutdown(ctx); err != nil {
+		public.Close()
+	}
+	closed := make(chan struct{})
+	go func() {
+		s.db.pool.Close()
+		close(closed)
+	}()
+	select {
+	case <-closed:
+	case <-time.After(closePool):
 	}
 }
 
@@ -332,7 +286,7 @@ func (s *server) handle(e endpoint) http.HandlerFunc {
 }
 
 // forUser makes an endpoint of one that serves the verified user of the path.
-func (s *server) forUser(e func(ctx context.Context, w http.ResponseWriter, r *http.Request, user string) error) endpoint {
+func (s *server) forUser(e func(ctx context.Context, w http.ResponseWriter, r *http.Request, k taskKey) error) endpoint {
 	return func(ctx context.Context, w http.ResponseWriter, r *http.Request) error {
 		user, err := s.auth.user(r)
 		if err != nil {
@@ -341,15 +295,35 @@ func (s *server) forUser(e func(ctx context.Context, w http.ResponseWriter, r *h
 		if r.PathValue("user_id") != user {
 			return errNotYours
 		}
-		return e(ctx, w, r, user)
+		id, err := strconv.ParseUint(cmp.Or(r.PathValue("id"), "0"), 10, 63)
+		if err != nil || id == 0 && r.PathValue("id") != "" {
+			return errNoTask
+		}
+		return e(ctx, w, r, taskKey{user, int64(id)})
 	}
+}
+
+// noRoute refuses what no route takes. The mux by itself would do so in plain text.
+func (s *server) noRoute(_ context.Context, w http.ResponseWriter, r *http.Request) error {
+	var allow []string
+	for _, method := range methods {
+		if _, pattern := s.mux.Handler(&http.Request{Method: method, Host: r.Host, URL: r.URL}); pattern != "/" {
+			allow = append(allow, method)
+			r.Pattern = pattern // for the log
+		}
+	}
+	if allow == nil {
+		return errNoPath
+	}
+	w.Header().Set("Allow", strings.Join(allow, ", "))
+	return errMethod
 }
 
 // ServeHTTP gives every answer its common headers and logs it in one line.
 func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	start := time.Now()
 	id := r.Header.Get("X-Request-Id")
-	if !saneID(id) {
+	if !saneID.MatchString(id) {
 		id = rand.Text()
 	}
 	w := &response{ResponseWriter: rw}
@@ -363,10 +337,7 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	}
 
 	took := time.Since(start)
-	_, route, found := strings.Cut(r.Pattern, " ")
-	if !found {
-		route = r.Pattern
-	}
+	route := r.Pattern[strings.Index(r.Pattern, " ")+1:]
 	s.count(kind{route, r.Method, w.status}, took)
 	level := slog.LevelInfo
 	switch {
@@ -380,12 +351,12 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 		slog.String("method", r.Method),
 		slog.String("route", route),
 		slog.Int("status", w.status),
-		slog.Float64("duration_ms", float64(took.Microseconds())/1000),
+		slog.Int64("duration_us", took.Microseconds()),
 		slog.Int("bytes", w.bytes))
 	if w.err != nil {
 		attrs = append(attrs, slog.String("error", w.err.Error()))
 	}
-	if trace := traceID(r.Header); trace != "" {
+	if trace := traceID.FindString(r.Header.Get("X-Cloud-Trace-Context") + " " + r.Header.Get("Traceparent")); trace != "" {
 		if s.project != "" {
 			trace = "projects/" + s.project + "/traces/" + trace
 		}
@@ -393,6 +364,13 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	}
 	s.log.LogAttrs(context.Background(), level, "request", attrs...)
 }
+
+var (
+	// A client's request id that may go into the log and back.
+	saneID = regexp.MustCompile(`^[0-9A-Za-z._:/+=-]{1,128}$`)
+	// The trace in Cloud Run's header, or that of W3C Trace Context.
+	traceID = regexp.MustCompile(`\b[0-9a-fA-F]{32}\b`)
+)
 
 // cors lets the pages of the listed origins call, and answers their preflight
 // requests, which carry no token.
@@ -417,26 +395,6 @@ func (s *server) cors(w http.ResponseWriter, r *http.Request) (preflight bool) {
 	h.Set("Access-Control-Max-Age", "7200") // seconds; Chromium takes no more
 	w.WriteHeader(http.StatusNoContent)
 	return true
-}
-
-// saneID reports whether a client's request id may go into the log and back.
-func saneID(id string) bool {
-	return id != "" && len(id) <= 128 && !strings.ContainsFunc(id, func(c rune) bool {
-		return !('0' <= c && c <= '9' || 'A' <= c && c <= 'Z' || 'a' <= c && c <= 'z' || strings.ContainsRune("-._:/+=", c))
-	})
-}
-
-// traceID returns the trace that Cloud Run, or whoever speaks W3C Trace
-// Context, says the request belongs to: 32 hexadecimal digits, or "".
-func traceID(h http.Header) string {
-	id, _, _ := strings.Cut(h.Get("X-Cloud-Trace-Context"), "/")
-	if _, rest, ok := strings.Cut(h.Get("Traceparent"), "-"); id == "" && ok {
-		id, _, _ = strings.Cut(rest, "-")
-	}
-	if len(id) != 32 || strings.Trim(id, "0123456789abcdefABCDEF") != "" {
-		return ""
-	}
-	return id
 }
 
 // A response remembers what the log needs to know of an answer.
@@ -510,43 +468,45 @@ func writeError(w http.ResponseWriter, err error) {
 	writeJSON(w, answer.status, map[string]string{"detail": answer.detail})
 }
 
-// writeJSON answers with v. It cannot fail but on a type that JSON does not
-// have, or a client that is gone.
+// writeJSON answers with v. It cannot fail but on a type that JSON does not have.
 func writeJSON(w http.ResponseWriter, status int, v any) error {
 	body, err := json.Marshal(v)
 	if err != nil {
 		return err
 	}
-	body = append(body, '\n')
-	w.Header().Set("Content-Type", "application/json")
-	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
-	w.WriteHeader(status)
-	w.Write(body)
+	write(w, status, "application/json", append(body, '\n'))
 	return nil
 }
 
-// readBody returns a request's body, which is JSON as far as its Content-Type says.
-func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
+// write answers with a body. Should that fail, the client is gone.
+func write(w http.ResponseWriter, status int, contentType string, body []byte) {
+	w.Header().Set("Content-Type", contentType)
+	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
+	w.WriteHeader(status)
+	w.Write(body)
+}
+
+// readObject returns the members of a request's body, nil if that is empty.
+func readObject(w http.ResponseWriter, r *http.Request) (map[string]json.RawMessage, error) {
 	if r.ContentLength > maxBody {
 		return nil, errLargeBody
 	}
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
-	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
-		return nil, errLargeBody
-	}
-	if contentType := r.Header.Get("Content-Type"); contentType != "" && len(body) > 0 {
-		media, _, _ := mime.ParseMediaType(contentType)
-		if media != "application/json" && !strings.HasSuffix(media, "+json") {
-			return nil, errNotJSON
-		}
-	}
+	_, tooLarge := errors.AsType[*http.MaxBytesError](err)
+	media, _, _ := mime.ParseMediaType(cmp.Or(r.Header.Get("Content-Type"), "application/json"))
 	switch {
+	case tooLarge:
+		return nil, errLargeBody
+	case len(body) > 0 && media != "application/json" && !strings.HasSuffix(media, "+json"):
+		return nil, errNotJSON
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return nil, fmt.Errorf("%w: %w", errSlowBody, err)
 	case err != nil:
 		return nil, fmt.Errorf("%w: %w", errCutBody, err)
+	case len(body) == 0:
+		return nil, nil
 	}
-	return body, nil
+	return parseObject(body)
 }
 
 // parseObject returns the members of a JSON object, under their exact names.
@@ -566,28 +526,17 @@ func parseObject(body []byte) (map[string]json.RawMessage, error) {
 // loneSurrogate reports whether valid JSON has a \u escape that is half of a
 // surrogate pair, and so no character (RFC 8259, 8.2).
 func loneSurrogate(text []byte) bool {
-	unit := func(at int) rune { // the UTF-16 unit that is escaped there, or -1
-		if !bytes.HasPrefix(text[at:], []byte(`\u`)) {
-			return -1
-		}
-		n, _ := strconv.ParseUint(string(text[at+2:at+6]), 16, 16)
-		return rune(n)
-	}
-	for at := 0; at < len(text); at++ {
-		if text[at] != '\\' {
-			continue
-		}
-		switch first := unit(at); {
-		case !utf16.IsSurrogate(first):
-			at++ // also past the second backslash of \\
-		case utf16.DecodeRune(first, unit(at+6)) == utf8.RuneError:
+	const half = `\uDXXX`
+	for _, escape := range escapes.FindAll(text, -1) {
+		if len(escape) == len(half) {
 			return true
-		default:
-			at += 11
 		}
 	}
 	return false
 }
+
+// A backslash, a surrogate pair, or what is left: half of one.
+var escapes = regexp.MustCompile(`\\\\|\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\u[dD][89a-fA-F]..`)
 
 //go:embed openapi.json
 var openAPI []byte
@@ -603,40 +552,11 @@ const docsPolicy = "default-src 'none'; " +
 
 // document serves content from memory.
 func document(contentType string, content []byte) endpoint {
-	etag := fmt.Sprintf(`"%x"`, sha256.Sum256(content))
-	return func(_ context.Context, w http.ResponseWriter, r *http.Request) error {
-		if notModified(w, r, etag) {
-			return nil
-		}
+	return func(_ context.Context, w http.ResponseWriter, _ *http.Request) error {
 		w.Header().Set("Content-Security-Policy", docsPolicy)
-		w.Header().Set("Content-Type", contentType)
-		w.Header().Set("Content-Length", strconv.Itoa(len(content)))
-		w.WriteHeader(http.StatusOK)
-		w.Write(content)
+		write(w, http.StatusOK, contentType, content)
 		return nil
 	}
-}
-
-// notModified sets the ETag of an answer, and gives it, 304, to a client that has this version.
-func notModified(w http.ResponseWriter, r *http.Request, etag string) bool {
-	w.Header().Set("ETag", etag)
-	header := r.Header["If-None-Match"]
-	if header == nil || !slices.ContainsFunc(tags(header), func(tag string) bool {
-		return tag == "*" || strings.TrimPrefix(tag, "W/") == etag // RFC 9110, 13.1.2: the comparison is weak
-	}) {
-		return false
-	}
-	w.WriteHeader(http.StatusNotModified)
-	return true
-}
-
-// tags splits the entity tags of an If-Match or If-None-Match header.
-func tags(header []string) []string {
-	list := strings.Split(strings.Join(header, ","), ",") // no tag of ours has a comma in it
-	for i := range list {
-		list[i] = strings.TrimSpace(list[i])
-	}
-	return list
 }
 
 // live answers as long as the process does. It must not touch the database: a
@@ -655,7 +575,7 @@ func (s *server) ready(ctx context.Context, w http.ResponseWriter, _ *http.Reque
 	return writeJSON(w, http.StatusOK, map[string]string{"status": "ready"})
 }
 
-// A kind of request, of which there are few: routes are patterns.
+// A kind of requests, of which there are few: routes are patterns.
 type kind struct {
 	route, method string
 	status        int
@@ -666,8 +586,10 @@ type count struct {
 	took     time.Duration
 }
 
+var methods = []string{"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"}
+
 func (s *server) count(k kind, took time.Duration) {
-	if !slices.Contains([]string{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}, k.method) {
+	if !slices.Contains(methods, k.method) {
 		k.method = "other" // clients may invent any number
 	}
 	s.mu.Lock()
@@ -681,40 +603,39 @@ func (s *server) metrics(w http.ResponseWriter, _ *http.Request) {
 	s.mu.Lock()
 	counts := maps.Clone(s.counts)
 	s.mu.Unlock()
+	var requests, seconds strings.Builder
+	for k, c := range counts {
+		labels := fmt.Sprintf("{route=%q,method=%q,status=\"%d\"}", k.route, k.method, k.status)
+		fmt.Fprintf(&requests, "todo_http_requests_total%s %d\n", labels, c.requests)
+		fmt.Fprintf(&seconds, "todo_http_request_seconds_total%s %g\n", labels, c.took.Seconds())
+	}
+	var page bytes.Buffer
+	family := func(name, kind, help, samples string) {
+		fmt.Fprintf(&page, "# HELP %s %s\n# TYPE %s %s\n%s", name, help, name, kind, samples)
+	}
+	gauge := func(name, help string, value float64) {
+		family(name, "gauge", help, fmt.Sprintf("%s %g\n", name, value))
+	}
+	counter := func(name, help string, value float64) {
+		family(name, "counter", help, fmt.Sprintf("%s %g\n", name, value))
+	}
+
+	family("todo_http_requests_total", "counter", "Requests answered.", requests.String())
+	family("todo_http_request_seconds_total", "counter", "Time from a request to its answer.", seconds.String())
 	pool := s.db.pool.Stat()
+	gauge("todo_db_connections_acquired", "Database connections in use.", float64(pool.AcquiredConns()))
+	gauge("todo_db_connections_idle", "Database connections that are free.", float64(pool.IdleConns()))
+	gauge("todo_db_connections_open", "Database connections in all, those that are being opened too.", float64(pool.TotalConns()))
+	gauge("todo_db_connections_max", "Database connections there may be.", float64(pool.MaxConns()))
+	counter("todo_db_connections_new_total", "Database connections begun.", float64(pool.NewConnsCount()))
+	counter("todo_db_acquires_total", "Statements that got a connection.", float64(pool.AcquireCount()))
+	counter("todo_db_acquire_waits_total", "Statements that waited for one, to be free or opened.", float64(pool.EmptyAcquireCount()))
+	counter("todo_db_acquire_wait_seconds_total", "Time they waited.", pool.EmptyAcquireWaitTime().Seconds())
+	counter("todo_db_acquires_canceled_total", "Waits that were in vain.", float64(pool.CanceledAcquireCount()))
 	var memory runtime.MemStats
 	runtime.ReadMemStats(&memory)
-
-	var page bytes.Buffer
-	family := func(name, kind, help string) {
-		fmt.Fprintf(&page, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)
-	}
-	single := func(name, kind, help string, value float64) {
-		family(name, kind, help)
-		fmt.Fprintf(&page, "%s %g\n", name, value)
-	}
-	requests := func(name, help string, value func(count) float64) {
-		family(name, "counter", help)
-		for k, c := range counts {
-			fmt.Fprintf(&page, "%s{route=%q,method=%q,status=\"%d\"} %g\n", name, k.route, k.method, k.status, value(c))
-		}
-	}
-	requests("todo_http_requests_total", "Requests answered.", func(c count) float64 { return float64(c.requests) })
-	requests("todo_http_request_seconds_total", "Time from a request to its answer.", func(c count) float64 { return c.took.Seconds() })
-	family("todo_db_connections", "gauge", "Database connections open, by what they do.")
-	fmt.Fprintf(&page, "todo_db_connections{state=\"acquired\"} %d\n", pool.AcquiredConns())
-	fmt.Fprintf(&page, "todo_db_connections{state=\"idle\"} %d\n", pool.IdleConns())
-	fmt.Fprintf(&page, "todo_db_connections{state=\"constructing\"} %d\n", pool.ConstructingConns())
-	single("todo_db_connections_open", "gauge", "Database connections open in all.", float64(pool.TotalConns()))
-	single("todo_db_connections_max", "gauge", "Database connections open at most.", float64(pool.MaxConns()))
-	single("todo_db_acquires_total", "counter", "Statements that got a connection.", float64(pool.AcquireCount()))
-	single("todo_db_acquire_waits_total", "counter", "Statements that waited for a connection to be free or opened.", float64(pool.EmptyAcquireCount()+s.db.waits.Load()))
-	single("todo_db_acquire_wait_seconds_total", "counter", "Time they waited.", (pool.EmptyAcquireWaitTime() + time.Duration(s.db.waited.Load())).Seconds())
-	single("todo_db_acquires_canceled_total", "counter", "Statements that gave up waiting.", float64(pool.CanceledAcquireCount()+s.db.canceled.Load()))
-	single("todo_db_connections_new_total", "counter", "Database connections begun.", float64(pool.NewConnsCount()))
-	single("todo_goroutines", "gauge", "Goroutines.", float64(runtime.NumGoroutine()))
-	single("todo_heap_bytes", "gauge", "Memory that live and dead objects take.", float64(memory.HeapAlloc))
-	single("todo_memory_bytes", "gauge", "Memory the Go runtime holds.", float64(memory.Sys-memory.HeapReleased))
-	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-	w.Write(page.Bytes())
+	gauge("todo_goroutines", "Goroutines.", float64(runtime.NumGoroutine()))
+	gauge("todo_heap_bytes", "Memory that live and dead objects take.", float64(memory.HeapAlloc))
+	gauge("todo_memory_bytes", "Memory the Go runtime holds.", float64(memory.Sys-memory.HeapReleased))
+	write(w, http.StatusOK, "text/plain; version=0.0.4; charset=utf-8", page.Bytes())
 }

@@ -393,7 +393,7 @@ func TestDatabaseComesUpLater(t *testing.T) {
 	defer db.pool.Close()
 	prepared := make(chan error, 1)
 	go func() { prepared <- db.prepare(t.Context(), slog.New(slog.DiscardHandler)) }()
-	service := httptest.NewServer(newServer(t.Context(), sharedAuth, db, slog.New(slog.DiscardHandler), nil, ""))
+	service := httptest.NewServer(newServer(sharedAuth, db, slog.New(slog.DiscardHandler), nil, ""))
 	defer service.Close()
 	c := newClientOf(t, service.URL, "test-"+rand.Text())
 
@@ -541,8 +541,8 @@ func TestLog(t *testing.T) {
 			}
 			line := p.request(id)
 			got := fmt.Sprint(line["severity"], " ", line["method"], " ", line["route"], " ", line["status"])
-			duration, _ := line["duration_ms"].(float64)
-			if got != row.want || line["bytes"] != float64(len(a.body)) || duration <= 0 || duration > 20000 {
+			duration, _ := line["duration_us"].(float64)
+			if got != row.want || line["bytes"] != float64(len(a.body)) || duration <= 0 || duration > 20e6 {
 				t.Errorf("%s %s %s is logged as %v, want %s and %d bytes", row.method, row.path, row.body, line, row.want, len(a.body))
 			}
 			wantTrace := row.trace
@@ -882,7 +882,7 @@ func TestLargeHeadersAndSlowClients(t *testing.T) {
 func TestPanicAndUnknownError(t *testing.T) {
 	t.Parallel()
 	var log lockedBuffer
-	s := newServer(t.Context(), sharedAuth, sharedDB, newLogger(&log, slog.LevelInfo), nil, "")
+	s := newServer(sharedAuth, sharedDB, newLogger(&log, slog.LevelInfo), nil, "")
 	var nothing *task
 	s.mux.HandleFunc("GET /panic", s.handle(func(context.Context, http.ResponseWriter, *http.Request) error { panic("boom hunter") }))
 	s.mux.HandleFunc("GET /nil", s.handle(func(context.Context, http.ResponseWriter, *http.Request) error { return errors.New(nothing.Title) }))

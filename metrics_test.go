@@ -14,7 +14,7 @@ import (
 func TestMetrics(t *testing.T) {
 	t.Parallel()
 	db := openPrepared(t, sharedDatabaseURL())
-	s := newServer(context.Background(), sharedAuth, db, slog.New(slog.DiscardHandler), nil, "")
+	s := newServer(sharedAuth, db, slog.New(slog.DiscardHandler), nil, "")
 	public := httptest.NewServer(s)
 	t.Cleanup(public.Close)
 	c := newClient(t)
@@ -37,17 +37,10 @@ func TestMetrics(t *testing.T) {
 	for i := range 5 {
 		c.send(fmt.Sprint("BREW", i), "/health/live", "")
 	}
-	// Every statement under way holds a place: one more waits, and gives up with its request.
-	for range maxConns {
-		db.slots <- struct{}{}
-	}
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
-	if err := db.queue(ctx); err == nil {
-		t.Error("a place beyond the last was given")
-	}
-	for range maxConns {
-		<-db.slots
+	if _, err := db.acquire(ctx); err == nil {
+		t.Error("a connection was given to nobody")
 	}
 	text := page()
 	for _, want := range []string{
@@ -56,8 +49,8 @@ func TestMetrics(t *testing.T) {
 		`todo_http_requests_total{route="/",method="GET",status="404"} 1`,
 		`todo_http_requests_total{route="/health/live",method="other",status="405"} 5`,
 		`todo_http_request_seconds_total{route="/api/{user_id}/tasks",method="POST",status="201"} 0.`,
-		`todo_db_connections{state="acquired"} 0`,
-		`todo_db_connections{state="idle"} 1`,
+		"todo_db_connections_acquired 0",
+		"todo_db_connections_idle 1",
 		"todo_db_connections_open 1",
 		"todo_db_connections_max 15",
 		"todo_db_acquires_canceled_total 1",

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"net/http"
+	"net/http/httptest"
 	"net/url"
 	"reflect"
 	"regexp"
@@ -201,7 +202,7 @@ func TestOpenAPIExamplesAreTrue(t *testing.T) {
 	for _, e := range []refusal{errBadJSON, errCutBody, errNoToken, errBadToken, errNotYours, errNoTask, errSlowBody, errChanged, errLargeBody, errNotJSON, errKeyReused, errInternal, errUnavailable, errNoAnswer} {
 		missing[e.detail] = fmt.Sprint(e.status)
 	}
-	_, blank := parseChange(map[string]json.RawMessage{"title": []byte(`" "`)})
+	_, blank := readChange(httptest.NewRecorder(), httptest.NewRequest("POST", "/", strings.NewReader(`{"title": " "}`)))
 	_, limit := parsePage(url.Values{"limit": {"0"}})
 	missing[blank.Error()], missing[limit.Error()] = "422", "422"
 	texts := maps.Clone(missing)
@@ -334,15 +335,11 @@ func TestDocuments(t *testing.T) {
 		content     []byte
 	}{"/openapi.json": {"application/json", openAPI}, "/docs": {"text/html; charset=utf-8", docs}} {
 		a := c.send("GET", path, "")
-		etag := a.header.Get("ETag")
-		if a.status != 200 || a.body != string(want.content) || a.header.Get("Content-Type") != want.contentType || etag == "" {
+		if a.status != 200 || a.body != string(want.content) || a.header.Get("Content-Type") != want.contentType {
 			t.Errorf("GET %s = %d %v", path, a.status, a.header)
 		}
-		if a := c.send("HEAD", path, ""); a.status != 200 || a.header.Get("Content-Length") != fmt.Sprint(len(want.content)) || a.header.Get("ETag") != etag {
+		if a := c.send("HEAD", path, ""); a.status != 200 || a.header.Get("Content-Length") != fmt.Sprint(len(want.content)) {
 			t.Errorf("HEAD %s = %d %v", path, a.status, a.header)
-		}
-		if a := c.send("GET", path, "", "If-None-Match", etag); a.status != 304 || a.body != "" || a.header.Get("ETag") != etag {
-			t.Errorf("GET %s again = %d %v", path, a.status, a.header)
 		}
 	}
 

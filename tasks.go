@@ -1,9 +1,11 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math"
 	"net/http"
@@ -25,6 +27,13 @@ const (
 	maxKey         = 255 // bytes of an Idempotency-Key
 )
 
+// A taskKey is the primary key of a task: whose it is, and the id in the path,
+// 0 where the path is that of all the user's tasks.
+type taskKey struct {
+	user string // verified
+	id   int64
+}
+
 // A task as the client sees it.
 type task struct {
 	ID          int64   `json:"id"`
@@ -36,34 +45,13 @@ type task struct {
 	UpdatedAt   instant `json:"updated_at"`
 }
 
-// An instant is a time in UTC that spares encoding/json the second parse that
-// it gives to what time.Time's MarshalJSON returns, most of what encoding a
-// task takes.
+// An instant is a time that spares encoding/json the second parse that it
+// gives to what time.Time's MarshalJSON returns, most of what encoding a task
+// takes.
 type instant time.Time
 
 func (i instant) MarshalText() ([]byte, error) {
-	return time.Time(i).AppendFormat(nil, time.RFC3339Nano), nil
-}
-
-// etag is the task's version: no two updates of a task share a microsecond.
-func (t task) etag() string { return fmt.Sprintf(`"%d"`, time.Time(t.UpdatedAt).UnixMicro()) }
-
-// ifMatch returns the versions under which a change may be made, nil for any.
-// What is no tag of ours, a weak one included, matches none.
-func ifMatch(r *http.Request) []time.Time {
-	header := r.Header["If-Match"]
-	if header == nil || slices.Contains(tags(header), "*") {
-		return nil
-	}
-	versions := []time.Time{}
-	for _, tag := range tags(header) {
-		micro, _ := strconv.ParseInt(strings.Trim(tag, `"`), 10, 64)
-		version := time.UnixMicro(micro)
-		if (task{UpdatedAt: instant(version)}).etag() == tag && version.Year() < 10000 {
-			versions = append(versions, version)
-		}
-	}
-	return versions
+	return time.Time(i).UTC().AppendFormat(nil, time.RFC3339Nano), nil
 }
 
 // columns are those of a task, in the order of its fields.
@@ -74,11 +62,12 @@ func (t *task) fields() []any {
 }
 
 func scanTask(row pgx.CollectableRow) (t task, err error) {
-	return t, row.Scan(t.fields()...)
+	err = row.Scan(t.fields()...)
+	return t, err
 }
 
-// one returns the only row of a statement that finds one task or none: somebody
-// else's is none.
+// one returns the only row of a statement that finds one or none: somebody
+// else's task is none.
 func one[T any](found []T, err error) (T, error) {
 	if err == nil && len(found) == 0 {
 		err = errNoTask
@@ -90,18 +79,41 @@ func one[T any](found []T, err error) (T, error) {
 	return found[0], nil
 }
 
+// etag is the task's version: no two updates of a task share a microsecond.
+func (t task) etag() string { return fmt.Sprintf(`"%d"`, time.Time(t.UpdatedAt).UnixMicro()) }
+
+// ifMatch returns the tags under which a change may be made, nil for any.
+func ifMatch(r *http.Request) []string {
+	tags := tags(r, "If-Match")
+	if slices.Contains(tags, "*") {
+		return nil
+	}
+	return tags
+}
+
+// ifNoneMatch reports whether the client has this version.
+func ifNoneMatch(r *http.Request, etag string) bool {
+	return slices.ContainsFunc(tags(r, "If-None-Match"), func(tag string) bool {
+		return tag == "*" || strings.TrimPrefix(tag, "W/") == etag // RFC 9110, 13.1.2: the comparison is weak
+	})
+}
+
+// tags splits the entity tags of a header, nil if there is none.
+func tags(r *http.Request, header string) []string {
+	if r.Header[header] == nil {
+		return nil
+	}
+	value := strings.ToValidUTF8(strings.Join(r.Header[header], ","), "?") // it may go to the database
+	list := strings.Split(value, ",")                                      // no tag of ours has a comma in it
+	for i := range list {
+		list[i] = strings.TrimSpace(list[i])
+	}
+	return list
+}
+
 func writeTask(w http.ResponseWriter, status int, t task) error {
 	w.Header().Set("ETag", t.etag())
 	return writeJSON(w, status, t)
-}
-
-// taskID returns the id in the path. One that no task can have is no task.
-func taskID(r *http.Request) (int64, error) {
-	id, err := strconv.ParseUint(r.PathValue("id"), 10, 63)
-	if err != nil || id == 0 {
-		return 0, errNoTask
-	}
-	return int64(id), nil
 }
 
 // A change is what a request body asks for. What is nil stays as it is.
@@ -113,24 +125,16 @@ type change struct {
 	toggle      bool // completed is turned over
 }
 
-// readChange reads a change from a request's body.
-func readChange(w http.ResponseWriter, r *http.Request) (change, error) {
-	body, err := readBody(w, r)
+// readChange reads the members of a body that a client may set, and holds them
+// to their rules. All others are ignored: clients post whole tasks back.
+func readChange(w http.ResponseWriter, r *http.Request) (c change, err error) {
+	members, err := readObject(w, r)
 	if err != nil {
-		return change{}, err
+		return c, err
 	}
-	members, err := parseObject(body)
-	if err != nil {
-		return change{}, err
+	if members == nil {
+		return c, errBadJSON
 	}
-	return parseChange(members)
-}
-
-// parseChange reads the members of a body that a client may set, and holds
-// them to their rules. All others are ignored: clients post whole tasks back.
-func parseChange(members map[string]json.RawMessage) (change, error) {
-	var c change
-	var err error
 	if raw, ok := members["title"]; ok {
 		if c.title, err = parseText("title", raw, maxTitle); err != nil {
 			return c, err
@@ -147,12 +151,8 @@ func parseChange(members map[string]json.RawMessage) (change, error) {
 			}
 		}
 	}
-	if raw, ok := members["completed"]; ok {
-		if json.Unmarshal(raw, &c.completed) != nil || c.completed == nil {
-			return c, invalid("completed must be true or false")
-		}
-	}
-	return c, nil
+	c.completed, err = parseCompleted(members)
+	return c, err
 }
 
 // parseText reads a JSON string of at most limit characters.
@@ -169,7 +169,15 @@ func parseText(name string, raw json.RawMessage, limit int) (*string, error) {
 	return text, nil
 }
 
-func (s *server) createTask(ctx context.Context, w http.ResponseWriter, r *http.Request, user string) error {
+// parseCompleted reads the member completed, nil if there is none.
+func parseCompleted(members map[string]json.RawMessage) (completed *bool, err error) {
+	if raw, ok := members["completed"]; ok && (json.Unmarshal(raw, &completed) != nil || completed == nil) {
+		err = invalid("completed must be true or false")
+	}
+	return completed, err
+}
+
+func (s *server) createTask(ctx context.Context, w http.ResponseWriter, r *http.Request, k taskKey) error {
 	c, err := readChange(w, r)
 	if err != nil {
 		return err
@@ -181,9 +189,9 @@ func (s *server) createTask(ctx context.Context, w http.ResponseWriter, r *http.
 	if err != nil {
 		return err
 	}
-	t, replayed, err := s.db.insertTask(ctx, user, c, key)
+	t, replayed, err := s.db.insert(ctx, k.user, c, key)
 	if err != nil {
-		return fmt.Errorf("create task: %w", err)
+		return err
 	}
 	if replayed {
 		w.Header().Set("Idempotency-Replayed", "true")
@@ -205,14 +213,10 @@ func idempotencyKey(r *http.Request) (*string, error) {
 	return &keys[0], nil
 }
 
-// insertTask creates a task, once for a key. It returns the task that the key
+// insert creates a task, once for a key. It returns the task that the key
 // already made, as it is now, with true, and errKeyReused if that came of
 // another request.
-func (d *database) insertTask(ctx context.Context, user string, c change, key *string) (task, bool, error) {
-	type created struct {
-		task
-		replayed, same bool
-	}
+func (d *database) insert(ctx context.Context, user string, c change, key *string) (t task, replayed bool, err error) {
 	if c.completed == nil {
 		c.completed = new(false)
 	}
@@ -220,15 +224,17 @@ func (d *database) insertTask(ctx context.Context, user string, c change, key *s
 	if key != nil {
 		request, err := json.Marshal([]any{c.title, c.description, c.completed})
 		if err != nil {
-			return task{}, false, err
+			return t, false, err
 		}
 		sum := sha256.Sum256(request)
 		hash = sum[:]
 	}
 	// DO UPDATE, though it changes nothing: DO NOTHING would return no row, and the statement's snapshot lacks the
 	// row of a request that ran beside it. Only a row that was there before has an xmax.
-	made, err := one(query(ctx, d, key != nil, func(row pgx.CollectableRow) (made created, err error) {
-		return made, row.Scan(append(made.fields(), &made.replayed, &made.same)...)
+	var same bool
+	t, err = one(query(ctx, d, key != nil, func(row pgx.CollectableRow) (t task, err error) {
+		err = row.Scan(append(t.fields(), &replayed, &same)...)
+		return t, err
 	}, `
 		INSERT INTO tasks (user_id, title, description, completed, idempotency_key, request_hash)
 		VALUES (@user, @title, @description, @completed, @key, @hash)
@@ -237,60 +243,54 @@ func (d *database) insertTask(ctx context.Context, user string, c change, key *s
 		RETURNING `+columns+`, xmax <> 0, request_hash IS NOT DISTINCT FROM @hash`,
 		pgx.StrictNamedArgs{"user": user, "title": c.title, "description": c.description,
 			"completed": c.completed, "key": key, "hash": hash}))
-	if err == nil && !made.same {
+	if err == nil && !same {
 		err = errKeyReused
 	}
-	return made.task, made.replayed, err
+	return t, replayed, err
 }
 
 // A page is what the query string of a list asks for.
 type page struct {
 	completed             *bool
 	limit, offset, before int64 // before: tasks of smaller ids, the cursor
-	total                 bool
+	total                 *bool
 }
 
-func parsePage(q url.Values) (page, error) {
-	p := page{limit: defaultLimit, before: math.MaxInt64}
-	for _, number := range []struct {
-		name     string
-		min, max uint64
-		value    *int64
-	}{
-		{"limit", 1, maxLimit, &p.limit},
-		{"offset", 0, math.MaxInt64, &p.offset},
-		{"before", 1, math.MaxInt64, &p.before},
-	} {
-		if !q.Has(number.name) {
-			continue
-		}
-		n, err := strconv.ParseUint(q.Get(number.name), 10, 63)
-		if err != nil || n < number.min || n > number.max || len(q[number.name]) > 1 {
-			return p, invalid("%s must be one whole number from %d to %d", number.name, number.min, number.max)
-		}
-		*number.value = int64(n)
-	}
-	for _, name := range []string{"completed", "total"} {
-		if !q.Has(name) {
-			continue
-		}
-		yes := q.Get(name) == "true"
-		if !yes && q.Get(name) != "false" || len(q[name]) > 1 {
-			return p, invalid("%s must be true or false", name)
-		}
-		if name == "total" {
-			p.total = yes
-		} else {
-			p.completed = &yes
-		}
-	}
+func parsePage(q url.Values) (p page, err error) {
+	var errs [6]error
+	p.completed, errs[0] = boolean(q, "completed")
+	p.limit, errs[1] = number(q, "limit", 1, maxLimit, defaultLimit)
+	p.offset, errs[2] = number(q, "offset", 0, math.MaxInt64, 0)
+	p.before, errs[3] = number(q, "before", 1, math.MaxInt64, math.MaxInt64)
+	p.total, errs[4] = boolean(q, "total")
 	if q.Has("before") && q.Has("offset") {
-		return p, invalid("before and offset exclude each other: a page begins at one of them")
+		errs[5] = invalid("before and offset exclude each other: a page begins at one of them")
 	}
-	return p, nil
+	return p, cmp.Or(errs[:]...)
 }
 
-func (s *server) listTasks(ctx context.Context, w http.ResponseWriter, r *http.Request, user string) error {
+func number(q url.Values, name string, least, most, otherwise int64) (int64, error) {
+	if !q.Has(name) {
+		return otherwise, nil
+	}
+	n, err := strconv.ParseUint(q.Get(name), 10, 63) // which takes no sign
+	if err != nil || int64(n) < least || int64(n) > most || len(q[name]) > 1 {
+		return 0, invalid("%s must be one whole number from %d to %d", name, least, most)
+	}
+	return int64(n), nil
+}
+
+func boolean(q url.Values, name string) (*bool, error) {
+	switch {
+	case !q.Has(name):
+		return nil, nil
+	case len(q[name]) > 1 || q.Get(name) != "true" && q.Get(name) != "false":
+		return nil, invalid("%s must be true or false", name)
+	}
+	return new(q.Get(name) == "true"), nil
+}
+
+func (s *server) listTasks(ctx context.Context, w http.ResponseWriter, r *http.Request, k taskKey) error {
 	q, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
 		return invalid("the query string is malformed: percent-encode what is not a letter or a digit")
@@ -299,11 +299,15 @@ func (s *server) listTasks(ctx context.Context, w http.ResponseWriter, r *http.R
 	if err != nil {
 		return err
 	}
-	tasks, total, err := s.db.listTasks(ctx, user, p)
+	tasks, err := s.db.list(ctx, k.user, p)
 	if err != nil {
-		return fmt.Errorf("list tasks: %w", err)
+		return err
 	}
-	if p.total {
+	if p.total != nil && *p.total {
+		total, err := s.db.count(ctx, k.user, p.completed)
+		if err != nil {
+			return err
+		}
 		w.Header().Set("X-Total-Count", strconv.FormatInt(total, 10))
 	}
 	if len(tasks) > int(p.limit) {
@@ -315,105 +319,93 @@ func (s *server) listTasks(ctx context.Context, w http.ResponseWriter, r *http.R
 	return writeJSON(w, http.StatusOK, tasks)
 }
 
-// Each list reads one index, backwards, from the cursor on. The keys are
-// compared as rows so that only this index has the order: with user_id = @user
+// list returns the tasks of a page and, if there are more, the first of the
+// next one. It reads one index, backwards, from the cursor on. The keys are
+// compared as rows so that only this index has the order: with user_id = $1
 // the planner would at times filter a user's whole history, or sort it.
-const (
-	listSQL = `
-		SELECT ` + columns + `
-		FROM tasks
-		WHERE (user_id, id) BETWEEN (@user, 1) AND (@user, @last)
-		ORDER BY user_id DESC, id DESC
-		LIMIT @limit OFFSET @offset`
-
-	listCompletedSQL = `
-		SELECT ` + columns + `
-		FROM tasks
-		WHERE (user_id, completed, id) BETWEEN (@user, @completed, 1) AND (@user, @completed, @last)
-		ORDER BY user_id DESC, completed DESC, id DESC
-		LIMIT @limit OFFSET @offset`
-
-	countSQL          = `SELECT count(*) AS total FROM tasks WHERE user_id = @user`
-	countCompletedSQL = `SELECT count(*) AS total FROM tasks WHERE user_id = @user AND completed = @completed`
-)
-
-// withTotal makes one statement of a count and a list. The count keeps its row
-// where the page is empty, and a nested loop, the only join there is without a
-// condition, keeps the page's order.
-func withTotal(count, list string) string {
-	return `SELECT ` + columns + `, total FROM (` + count + `) AS counted LEFT JOIN (` + list + `) AS page ON TRUE`
-}
-
-// listTasks returns the tasks of a page and, if there are more, the first of
-// the next one. The total is 0 unless the page asks for it.
-func (d *database) listTasks(ctx context.Context, user string, p page) (tasks []task, total int64, err error) {
-	list, count := listSQL, countSQL
-	args := pgx.StrictNamedArgs{"user": user, "last": p.before - 1, "limit": p.limit + 1, "offset": p.offset}
-	if p.completed != nil {
-		list, count = listCompletedSQL, countCompletedSQL
-		args["completed"] = *p.completed
+func (d *database) list(ctx context.Context, user string, p page) ([]task, error) {
+	if p.completed == nil {
+		return query(ctx, d, true, scanTask, `
+			SELECT `+columns+`
+			FROM tasks
+			WHERE (user_id, id) BETWEEN ($1, 1) AND ($1, $2)
+			ORDER BY user_id DESC, id DESC
+			LIMIT $3 OFFSET $4`,
+			user, p.before-1, p.limit+1, p.offset)
 	}
-	if !p.total {
-		tasks, err = query(ctx, d, true, scanTask, list, args)
-		return tasks, 0, err
-	}
-	tasks, err = query(ctx, d, true, func(row pgx.CollectableRow) (t task, err error) {
-		fields := t.fields()
-		if row.RawValues()[0] == nil { // no task on the page: the total alone
-			clear(fields)
-		}
-		return t, row.Scan(append(fields, &total)...)
-	}, withTotal(count, list), args)
-	if len(tasks) == 1 && tasks[0].ID == 0 {
-		tasks = tasks[:0]
-	}
-	return tasks, total, err
-}
-
-func (s *server) getTask(ctx context.Context, w http.ResponseWriter, r *http.Request, user string) error {
-	id, err := taskID(r)
-	if err != nil {
-		return err
-	}
-	t, err := s.db.getTask(ctx, user, id)
-	if err != nil {
-		return fmt.Errorf("get task: %w", err)
-	}
-	if notModified(w, r, t.etag()) {
-		return nil
-	}
-	return writeJSON(w, http.StatusOK, t)
-}
-
-func (d *database) getTask(ctx context.Context, user string, id int64) (task, error) {
-	return one(query(ctx, d, true, scanTask, `
+	return query(ctx, d, true, scanTask, `
 		SELECT `+columns+`
 		FROM tasks
-		WHERE user_id = @user AND id = @id`,
-		pgx.StrictNamedArgs{"user": user, "id": id}))
+		WHERE (user_id, completed, id) BETWEEN ($1, $5, 1) AND ($1, $5, $2)
+		ORDER BY user_id DESC, completed DESC, id DESC
+		LIMIT $3 OFFSET $4`,
+		user, p.before-1, p.limit+1, p.offset, *p.completed)
 }
 
-func (s *server) updateTask(ctx context.Context, w http.ResponseWriter, r *http.Request, user string) error {
-	id, err := taskID(r)
+// count returns the number of the user's tasks, or of those that are completed
+// or not.
+func (d *database) count(ctx context.Context, user string, completed *bool) (int64, error) {
+	return one(query(ctx, d, true, pgx.RowTo[int64], `
+		SELECT count(*)
+		FROM tasks
+		WHERE user_id = $1 AND ($2::boolean IS NULL OR completed = $2)`, user, completed))
+}
+
+func (s *server) getTask(ctx context.Context, w http.ResponseWriter, r *http.Request, k taskKey) error {
+	t, err := s.db.get(ctx, k)
 	if err != nil {
 		return err
 	}
-	c, err := readChange(w, r)
-	if err != nil {
-		return err
-	}
-	t, err := s.db.updateTask(ctx, user, id, ifMatch(r), c)
-	if err != nil {
-		return fmt.Errorf("update task: %w", err)
+	if ifNoneMatch(r, t.etag()) {
+		w.Header().Set("ETag", t.etag())
+		w.WriteHeader(http.StatusNotModified)
+		return nil
 	}
 	return writeTask(w, http.StatusOK, t)
 }
 
-// updateTask makes the change in the statement itself, so that none of several
-// at once is lost, and moves updated_at on even where the clock has not moved
-// or goes back.
-func (d *database) updateTask(ctx context.Context, user string, id int64, match []time.Time, c change) (task, error) {
-	return d.changeTask(ctx, user, id, match, `
+func (d *database) get(ctx context.Context, k taskKey) (task, error) {
+	return one(query(ctx, d, true, scanTask, `
+		SELECT `+columns+`
+		FROM tasks
+		WHERE user_id = $1 AND id = $2`, k.user, k.id))
+}
+
+func (s *server) updateTask(ctx context.Context, w http.ResponseWriter, r *http.Request, k taskKey) error {
+	c, err := readChange(w, r)
+	if err != nil {
+		return err
+	}
+	t, err := s.db.update(ctx, k, ifMatch(r), c)
+	if err != nil {
+		return err
+	}
+	return writeTask(w, http.StatusOK, t)
+}
+
+// completeTask sets completed as the body says, or turns it over where the
+// body is empty or does not say.
+func (s *server) completeTask(ctx context.Context, w http.ResponseWriter, r *http.Request, k taskKey) error {
+	members, err := readObject(w, r)
+	if err != nil {
+		return err
+	}
+	completed, err := parseCompleted(members)
+	if err != nil {
+		return err
+	}
+	t, err := s.db.update(ctx, k, ifMatch(r), change{completed: completed, toggle: completed == nil})
+	if err != nil {
+		return err
+	}
+	return writeTask(w, http.StatusOK, t)
+}
+
+// update makes the change in the statement itself, so that none of several at
+// once is lost, and moves updated_at on even where the clock has not moved or
+// goes back.
+func (d *database) update(ctx context.Context, k taskKey, match []string, c change) (task, error) {
+	return d.change(ctx, k, match, `
 		UPDATE tasks
 		SET title = COALESCE(@title, title),
 		    description = CASE WHEN @describe::boolean THEN @description ELSE description END,
@@ -423,79 +415,31 @@ func (d *database) updateTask(ctx context.Context, user string, id int64, match 
 			"completed": c.completed, "toggle": c.toggle})
 }
 
-// changeTask runs an UPDATE or DELETE of the user's task if it is of one of
-// the versions in match, nil for any, and returns the task. In the same
-// statement it learns why nothing was changed: errNoTask or errChanged.
-func (d *database) changeTask(ctx context.Context, user string, id int64, match []time.Time, statement string, args pgx.StrictNamedArgs) (task, error) {
-	args["user"], args["id"], args["match"] = user, id, match
-	type outcome struct {
-		task
-		done bool
-	}
-	found, err := one(query(ctx, d, false, func(row pgx.CollectableRow) (o outcome, err error) {
-		return o, row.Scan(append(o.fields(), &o.done)...)
-	}, `
-		WITH changed AS (`+statement+`
-			WHERE user_id = @user AND id = @id AND (@match::timestamptz[] IS NULL OR updated_at = ANY (@match))
-			RETURNING `+columns+`
-		), kept AS (
-			SELECT `+columns+` FROM tasks
-			WHERE user_id = @user AND id = @id
-			FOR KEY SHARE -- not of the statement's snapshot: a task that was deleted meanwhile is gone
-		)
-		SELECT `+columns+`, true FROM changed
-		UNION ALL
-		SELECT `+columns+`, false FROM kept WHERE NOT EXISTS (SELECT FROM changed)`, args))
-	if err == nil && !found.done {
-		err = errChanged
-	}
-	return found.task, err
-}
-
-// completeTask sets completed as the body says, or turns it over where the
-// body is empty or does not say.
-func (s *server) completeTask(ctx context.Context, w http.ResponseWriter, r *http.Request, user string) error {
-	id, err := taskID(r)
-	if err != nil {
+func (s *server) deleteTask(ctx context.Context, w http.ResponseWriter, r *http.Request, k taskKey) error {
+	if err := s.db.delete(ctx, k, ifMatch(r)); err != nil {
 		return err
-	}
-	body, err := readBody(w, r)
-	if err != nil {
-		return err
-	}
-	var members map[string]json.RawMessage
-	if len(body) > 0 {
-		if members, err = parseObject(body); err != nil {
-			return err
-		}
-	}
-	delete(members, "title")
-	delete(members, "description")
-	c, err := parseChange(members)
-	if err != nil {
-		return err
-	}
-	c.toggle = c.completed == nil
-	t, err := s.db.updateTask(ctx, user, id, ifMatch(r), c)
-	if err != nil {
-		return fmt.Errorf("complete task: %w", err)
-	}
-	return writeTask(w, http.StatusOK, t)
-}
-
-func (s *server) deleteTask(ctx context.Context, w http.ResponseWriter, r *http.Request, user string) error {
-	id, err := taskID(r)
-	if err != nil {
-		return err
-	}
-	if err := s.db.deleteTask(ctx, user, id, ifMatch(r)); err != nil {
-		return fmt.Errorf("delete task: %w", err)
 	}
 	w.WriteHeader(http.StatusNoContent)
 	return nil
 }
 
-func (d *database) deleteTask(ctx context.Context, user string, id int64, match []time.Time) error {
-	_, err := d.changeTask(ctx, user, id, match, `DELETE FROM tasks`, pgx.StrictNamedArgs{})
+func (d *database) delete(ctx context.Context, k taskKey, match []string) error {
+	_, err := d.change(ctx, k, match, `DELETE FROM tasks`, pgx.StrictNamedArgs{})
 	return err
+}
+
+// change runs an UPDATE or DELETE of a task if its tag is one of match, nil for
+// any, and returns the task; errChanged if it has another.
+func (d *database) change(ctx context.Context, k taskKey, match []string, statement string, args pgx.StrictNamedArgs) (task, error) {
+	args["user"], args["id"], args["match"] = k.user, k.id, match
+	t, err := one(query(ctx, d, false, scanTask, statement+`
+		WHERE user_id = @user AND id = @id
+		  AND (@match::text[] IS NULL OR '"' || (extract(epoch FROM updated_at) * 1000000)::bigint || '"' = ANY (@match))
+		RETURNING `+columns, args))
+	if errors.Is(err, errNoTask) && match != nil {
+		if _, err = d.get(ctx, k); err == nil {
+			err = errChanged
+		}
+	}
+	return t, err
 }

@@ -68,7 +68,7 @@ func testMain(m *testing.M) int {
 		fmt.Println(err)
 		return 1
 	}
-	service := httptest.NewServer(newServer(context.Background(), sharedAuth, sharedDB, slog.New(slog.DiscardHandler), nil, ""))
+	service := httptest.NewServer(newServer(sharedAuth, sharedDB, slog.New(slog.DiscardHandler), nil, ""))
 	defer service.Close()
 	sharedURL = service.URL
 	return m.Run()
