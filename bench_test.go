@@ -3,74 +3,266 @@ package main
 import (
 	"bufio"
 	"cmp"
+	"context"
 	"crypto/rand"
 	"encoding/json"
 	"fmt"
+	"io"
+	"log/slog"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
-	"strconv"
+	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// serveBare is what the service is measured against: net/http and pgx alone,
-// which run the same two queries for whoever asks, without token, validation
-// or log.
-func serveBare() {
-	db, err := openDatabase(os.Getenv("DATABASE_URL"))
+// fill makes a database of so many tasks, and a hundredth as many users. Of a
+// million, the user "deep" has 100,000; the user "listed" always has 1,000.
+func fill(b *testing.B, tasks int) (databaseURL string) {
+	b.Helper()
+	databaseURL = ownDatabase(b)
+	d := openPrepared(b, databaseURL)
+	sqlExec(b, d.pool, fmt.Sprintf(`
+		INSERT INTO tasks (user_id, title, description, completed)
+		SELECT CASE WHEN i %% %d = 0 THEN 'listed'
+		            WHEN i %% 10 = 1 AND %[2]d >= 1000000 THEN 'deep'
+		            ELSE 'user ' || i %% %d END,
+		       'Task ' || i, CASE WHEN i %% 2 = 0 THEN 'What there is to say about it' END, i %% 3 = 0
+		FROM generate_series(1, %[2]d) AS i`, tasks/1000, tasks, tasks/100))
+	sqlExec(b, d.pool, `VACUUM ANALYZE tasks`) // as autovacuum does
+	return databaseURL
+}
+
+// A call is a request that is made again and again.
+type call struct{ method, path, body, token string }
+
+func callOf(b *testing.B, user, method, path, body string) call {
+	b.Helper()
+	token, err := sharedAuth.sign(user)
 	if err != nil {
-		panic(err)
+		b.Fatal(err)
 	}
-	answer := func(w http.ResponseWriter, r *http.Request, sql string, args ...any) []wireTask {
-		rows, err := db.pool.Query(r.Context(), sql, args...)
+	return call{method, "/api/" + user + "/tasks" + path, body, token}
+}
+
+// serve has h answer the call, and returns how long that took.
+func (c call) serve(h http.Handler) time.Duration {
+	r := httptest.NewRequest(c.method, c.path, strings.NewReader(c.body))
+	r.Header.Set("Authorization", "Bearer "+c.token)
+	w := httptest.NewRecorder()
+	start := time.Now()
+	h.ServeHTTP(w, r)
+	took := time.Since(start)
+	if w.Code/100 != 2 {
+		panic(fmt.Sprint(c.path, " = ", w.Code, " ", w.Body))
+	}
+	return took
+}
+
+// openService is the service with its log, over databaseURL.
+func openService(databaseURL string, tracer pgx.QueryTracer) (*server, error) {
+	config, err := poolConfig(databaseURL)
+	if err != nil {
+		return nil, err
+	}
+	config.ConnConfig.Tracer = tracer
+	d, err := newDatabase(config)
+	if err != nil {
+		return nil, err
+	}
+	close(d.ready)
+	return newServer(sharedAuth, d, newLogger(io.Discard, slog.LevelInfo), nil, ""), nil
+}
+
+// asked returns the statement that the service runs for a call.
+func (c call) asked(databaseURL string) (pgx.TraceQueryStartData, error) {
+	var tracer statementTracer
+	s, err := openService(databaseURL, &tracer)
+	if err != nil {
+		return pgx.TraceQueryStartData{}, err
+	}
+	defer s.db.pool.Close()
+	c.serve(s)
+	return tracer.asked[0], nil
+}
+
+// bare is what the service is measured against: a handler without token,
+// validation, retry or log, which runs the very statement of one call.
+func bare(databaseURL string, c call) (http.Handler, *pgxpool.Pool, error) {
+	asked, err := c.asked(databaseURL)
+	if err != nil {
+		return nil, nil, err
+	}
+	config, err := poolConfig(databaseURL)
+	if err != nil {
+		return nil, nil, err
+	}
+	pool, err := pgxpool.NewWithConfig(context.Background(), config)
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		rows, err := pool.Query(r.Context(), asked.SQL, asked.Args...)
 		if err != nil {
 			panic(err)
 		}
 		tasks, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (t wireTask, err error) {
-			return t, row.Scan(&t.ID, &t.UserID, &t.Title, &t.Description, &t.Completed, &t.CreatedAt, &t.UpdatedAt)
+			fields := []any{&t.ID, &t.UserID, &t.Title, &t.Description, &t.Completed, &t.CreatedAt, &t.UpdatedAt}
+			err = row.Scan(append(fields, make([]any, len(row.FieldDescriptions())-len(fields))...)...)
+			return t, err
 		})
 		if err != nil {
 			panic(err)
 		}
 		w.Header().Set("Content-Type", "application/json")
-		return tasks
-	}
-	http.HandleFunc("GET /api/{user}/tasks", func(w http.ResponseWriter, r *http.Request) {
-		tasks := answer(w, r, `SELECT id, user_id, title, description, completed, created_at, updated_at
-			FROM tasks WHERE user_id = $1 AND ($2::boolean IS NULL OR completed = $2) AND id < $3 ORDER BY id DESC LIMIT $4 OFFSET $5`,
-			r.PathValue("user"), (*bool)(nil), int64(1)<<62, 51, 0)
-		json.NewEncoder(w).Encode(tasks[:50])
-	})
-	http.HandleFunc("GET /api/{user}/tasks/{id}", func(w http.ResponseWriter, r *http.Request) {
-		id, _ := strconv.ParseInt(r.PathValue("id"), 10, 64)
-		tasks := answer(w, r, `SELECT id, user_id, title, description, completed, created_at, updated_at
-			FROM tasks WHERE user_id = $1 AND id = $2`, r.PathValue("user"), id)
-		json.NewEncoder(w).Encode(tasks[0])
-	})
-	http.HandleFunc("GET /health/live", func(http.ResponseWriter, *http.Request) {})
-	panic(http.ListenAndServe("127.0.0.1:"+os.Getenv("PORT"), nil))
+		if len(tasks) == 1 {
+			json.NewEncoder(w).Encode(tasks[0])
+		} else {
+			json.NewEncoder(w).Encode(tasks[:len(tasks)-1]) // the last one is of the next page
+		}
+	}), pool, err
 }
 
-// BenchmarkBesideBare runs the service and the bare handler in turn, as two
-// processes, and reports the service's requests a second and processor time a
+// serveBare is bare as a process, for the call that it is given.
+func serveBare() {
+	var c call
+	for value, name := range map[*string]string{&c.method: "METHOD", &c.path: "PATH", &c.token: "TOKEN"} {
+		*value = os.Getenv("TODO_APP_BARE_" + name)
+	}
+	var err error
+	if sharedAuth, err = newAuthenticator(testSecret, "", "", ""); err != nil {
+		panic(err)
+	}
+	h, _, err := bare(os.Getenv("DATABASE_URL"), c)
+	if err != nil {
+		panic(err)
+	}
+	mux := http.NewServeMux()
+	mux.Handle("/", h)
+	mux.HandleFunc("GET /health/live", func(http.ResponseWriter, *http.Request) {})
+	// net/http's own timeouts are not what is measured.
+	s := http.Server{Addr: "127.0.0.1:" + os.Getenv("PORT"), Handler: mux,
+		ReadHeaderTimeout: headerTimeout, ReadTimeout: readTimeout, WriteTimeout: writeTimeout, IdleTimeout: idleTimeout}
+	panic(s.ListenAndServe())
+}
+
+// BenchmarkMillion measures each operation on a database of a million tasks,
+// the service and a bare handler in turn, in this process: time and
+// allocations from the request to its answer.
+func BenchmarkMillion(b *testing.B) {
+	large := fill(b, 1_000_000)
+	small := fill(b, 10_000)
+	s, err := openService(large, nil)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(s.db.pool.Close)
+	id := func(user string, offset int) int64 {
+		return sqlValue[int64](b, s.db.pool, `SELECT id FROM tasks WHERE user_id = $1 ORDER BY id DESC LIMIT 1 OFFSET $2`, user, offset)
+	}
+	one := fmt.Sprint("/", id("listed", 500))
+	last := fmt.Sprint("?limit=100&before=", id("deep", 99_899)) // page 1,000 of 100 tasks
+	for _, row := range []struct{ name, user, method, path, body string }{
+		{"list", "listed", "GET", "", ""},
+		{"depth", "deep", "GET", fmt.Sprint("?before=", id("deep", 50_000)), ""},
+		{"get", "listed", "GET", one, ""},
+		{"create", "listed", "POST", "", `{"title": "Buy milk"}`},
+		{"update", "listed", "PATCH", one, `{"completed": true}`},
+	} {
+		b.Run(row.name, func(b *testing.B) {
+			c := callOf(b, row.user, row.method, row.path, row.body)
+			h, pool, err := bare(large, c)
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer pool.Close()
+			inTurn(b, "service", s, c, "bare", h, c)
+			nothing := allocs(c, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+			b.ReportMetric(allocs(c, s)-nothing, "service-allocs")
+			b.ReportMetric(allocs(c, h)-nothing, "bare-allocs")
+		})
+	}
+	b.Run("page1000", func(b *testing.B) {
+		inTurn(b, "page1000", s, callOf(b, "deep", "GET", last, ""), "page1", s, callOf(b, "deep", "GET", "?limit=100", ""))
+	})
+
+	// The same user's tasks, in a table of a million and in one of ten thousand.
+	few, err := openService(small, nil)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(few.db.pool.Close)
+	for name, path := range map[string]string{"growth-of-list": "", "growth-of-get": one} {
+		b.Run(name, func(b *testing.B) {
+			c := callOf(b, "listed", "GET", path, "")
+			fewer := c
+			if path != "" {
+				fewer.path = fmt.Sprint("/api/listed/tasks/", sqlValue[int64](b, few.db.pool, `SELECT id FROM tasks WHERE user_id = 'listed' ORDER BY id LIMIT 1 OFFSET 500`))
+			}
+			inTurn(b, "million", s, c, "ten-thousand", few, fewer)
+			b.ReportMetric(c.blocks(b, large), "million-blocks")
+			b.ReportMetric(fewer.blocks(b, small), "ten-thousand-blocks")
+		})
+	}
+}
+
+// inTurn has two handlers serve a call each, in turn, and reports the median
+// times and their ratio.
+func inTurn(b *testing.B, name string, h http.Handler, c call, otherName string, other http.Handler, otherCall call) {
+	for range 50 {
+		c.serve(h)
+		otherCall.serve(other)
+	}
+	var took, otherTook []time.Duration
+	for b.Loop() {
+		took = append(took, c.serve(h))
+		otherTook = append(otherTook, otherCall.serve(other))
+	}
+	slices.Sort(took)
+	slices.Sort(otherTook)
+	m, n := took[len(took)/2], otherTook[len(otherTook)/2]
+	b.ReportMetric(float64(m.Nanoseconds())/1000, name+"-us")
+	b.ReportMetric(float64(n.Nanoseconds())/1000, otherName+"-us")
+	b.ReportMetric(float64(m)/float64(n), "time-ratio")
+	b.ReportMetric(0, "ns/op")
+}
+
+func allocs(c call, h http.Handler) float64 {
+	return testing.AllocsPerRun(100, func() { c.serve(h) })
+}
+
+// blocks returns how many pages of index and table the call's statement touches.
+func (c call) blocks(b *testing.B, databaseURL string) float64 {
+	b.Helper()
+	asked, err := c.asked(databaseURL)
+	if err != nil {
+		b.Fatal(err)
+	}
+	p := explain(b, open(b, databaseURL, func(*pgxpool.Config) {}), asked)
+	return float64(p.Hit + p.Read)
+}
+
+// BenchmarkLoad runs the service and the bare handler in turn, as two processes
+// under load, and reports the service's requests a second and processor time a
 // request as parts of the bare handler's.
-func BenchmarkBesideBare(b *testing.B) {
+func BenchmarkLoad(b *testing.B) {
 	c := newClient(b)
 	var id int64
 	for i := range 60 {
 		id = c.create(fmt.Sprintf("Task %d of the benchmark", i)).ID
 	}
-	for _, request := range []struct{ name, path string }{{"list50", ""}, {"get", fmt.Sprintf("/%d", id)}} {
-		b.Run(request.name, func(b *testing.B) {
+	for name, path := range map[string]string{"list": "", "get": fmt.Sprint("/", id)} {
+		b.Run(name, func(b *testing.B) {
+			c := callOf(b, c.user, "GET", path, "")
 			sides := [2]*measured{startMeasured(b, "main", c), startMeasured(b, "bare", c)}
 			for b.Loop() {
 				for _, side := range sides {
-					side.load(b, "/api/"+c.user+"/tasks"+request.path, 2000)
+					side.load(b, 2000)
 				}
 			}
 			for _, side := range sides {
@@ -139,7 +331,7 @@ func BenchmarkInstances(b *testing.B) {
 		b.Run(fmt.Sprint(instances), func(b *testing.B) {
 			var services []*measured
 			for range instances {
-				services = append(services, startMeasured(b, "main", c))
+				services = append(services, startMeasured(b, "main", callOf(b, c.user, "GET", "", "")))
 			}
 			var answered, unavailable atomic.Int64
 			start := time.Now()
@@ -190,24 +382,25 @@ func BenchmarkInstances(b *testing.B) {
 // A measured is a process under load.
 type measured struct {
 	*process
-	http          *http.Client
-	metrics       string
-	authorization string
-	wall, cpu     time.Duration
+	http      *http.Client
+	call      call
+	metrics   string
+	wall, cpu time.Duration
 }
 
 // startMeasured starts the service, "main", or what it is compared with, "bare".
-func startMeasured(b *testing.B, which string, c *client) *measured {
+func startMeasured(b *testing.B, which string, c call) *measured {
 	b.Helper()
 	port, metricsPort := freePort(b), freePort(b)
 	m := &measured{
-		process:       &process{t: b, cmd: exec.Command(os.Args[0]), url: "http://127.0.0.1:" + port, exited: make(chan struct{})},
-		http:          keepingConnections(b),
-		metrics:       "http://127.0.0.1:" + metricsPort + "/metrics",
-		authorization: c.authorization,
+		process: &process{t: b, cmd: exec.Command(os.Args[0]), url: "http://127.0.0.1:" + port, exited: make(chan struct{})},
+		http:    keepingConnections(b),
+		call:    c,
+		metrics: "http://127.0.0.1:" + metricsPort + "/metrics",
 	}
 	// Its log goes to /dev/null: to read it would cost the processor that is measured.
-	m.cmd.Env = append(os.Environ(), "TODO_APP_TEST_RUNS="+which, "PORT="+port, "METRICS_PORT="+metricsPort, "BETTER_AUTH_SECRET="+testSecret)
+	m.cmd.Env = append(os.Environ(), "TODO_APP_TEST_RUNS="+which, "PORT="+port, "METRICS_PORT="+metricsPort, "BETTER_AUTH_SECRET="+testSecret,
+		"TODO_APP_BARE_METHOD="+c.method, "TODO_APP_BARE_PATH="+c.path, "TODO_APP_BARE_TOKEN="+c.token)
 	if err := m.cmd.Start(); err != nil {
 		b.Fatal(err)
 	}
@@ -217,23 +410,34 @@ func startMeasured(b *testing.B, which string, c *client) *measured {
 	}()
 	b.Cleanup(m.stop)
 	m.waitLive()
-	m.load(b, "/api/"+c.user+"/tasks", 200)
+	m.load(b, 200)
 	m.wall = 0
 	return m
 }
 
 // load sends n requests from 16 clients and adds up the time they took.
-func (m *measured) load(b *testing.B, path string, n int) {
+func (m *measured) load(b *testing.B, n int) {
 	const clients = 16
 	start := time.Now()
 	var wg sync.WaitGroup
 	for range clients {
 		wg.Go(func() {
-			c := &client{t: b, http: m.http, service: m.url, authorization: m.authorization}
 			for range n / clients {
-				if a, err := c.try("GET", path, ""); err != nil || a.status != 200 {
-					b.Errorf("%s = %d %s %v", path, a.status, a.body, err)
+				r, err := http.NewRequest(m.call.method, m.url+m.call.path, nil)
+				if err != nil {
+					b.Error(err)
+					return
 				}
+				r.Header.Set("Authorization", "Bearer "+m.call.token)
+				res, err := m.http.Do(r)
+				if err != nil {
+					b.Error(err)
+					return
+				}
+				if _, err := io.Copy(io.Discard, res.Body); err != nil || res.StatusCode != 200 {
+					b.Errorf("%s = %d %v", m.call.path, res.StatusCode, err)
+				}
+				res.Body.Close()
 			}
 		})
 	}

@@ -470,11 +470,11 @@ func writeError(w http.ResponseWriter, err error) {
 
 // writeJSON answers with v. It cannot fail but on a type that JSON does not have.
 func writeJSON(w http.ResponseWriter, status int, v any) error {
-	body, err := json.Marshal(v)
-	if err != nil {
+	var body bytes.Buffer
+	if err := json.NewEncoder(&body).Encode(v); err != nil {
 		return err
 	}
-	write(w, status, "application/json", append(body, '\n'))
+	write(w, status, "application/json", body.Bytes())
 	return nil
 }
 

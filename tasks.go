@@ -51,7 +51,8 @@ type task struct {
 type instant time.Time
 
 func (i instant) MarshalText() ([]byte, error) {
-	return time.Time(i).UTC().AppendFormat(nil, time.RFC3339Nano), nil
+	text := make([]byte, 0, len(time.RFC3339Nano))
+	return time.Time(i).UTC().AppendFormat(text, time.RFC3339Nano), nil
 }
 
 // columns are those of a task, in the order of its fields.
@@ -80,7 +81,9 @@ func one[T any](found []T, err error) (T, error) {
 }
 
 // etag is the task's version: no two updates of a task share a microsecond.
-func (t task) etag() string { return fmt.Sprintf(`"%d"`, time.Time(t.UpdatedAt).UnixMicro()) }
+func (t task) etag() string {
+	return `"` + strconv.FormatInt(time.Time(t.UpdatedAt).UnixMicro(), 10) + `"`
+}
 
 // ifMatch returns the tags under which a change may be made, nil for any.
 func ifMatch(r *http.Request) []string {
