@@ -276,6 +276,49 @@ func BenchmarkLoad(b *testing.B) {
 	}
 }
 
+// BenchmarkStart starts the service on a database that has the schema, and
+// reports when, after exec, it listens, has its database, and has answered the
+// first list.
+func BenchmarkStart(b *testing.B) {
+	c := newClient(b)
+	c.create("Milk")
+	times := map[string][]time.Duration{}
+	for b.Loop() {
+		start := time.Now()
+		p := startProcess(b)
+		c.service = p.url
+		for {
+			if a, err := c.try("GET", "/api/"+c.user+"/tasks", ""); err == nil {
+				times["list-ms"] = append(times["list-ms"], time.Since(start))
+				if a.status != 200 {
+					b.Fatalf("the first list = %d %s", a.status, a.body)
+				}
+				break
+			}
+			time.Sleep(100 * time.Microsecond) // it does not listen yet
+		}
+		for name, message := range map[string]string{"listening-ms": "listening", "database-ms": "database ready"} {
+			eventually(b, message, func() bool {
+				for _, line := range p.output.lines(b) {
+					if line["message"] == message {
+						at, err := time.Parse(time.RFC3339Nano, line["time"].(string))
+						times[name] = append(times[name], at.Sub(start))
+						return err == nil
+					}
+				}
+				return false
+			})
+		}
+		p.cmd.Process.Kill()
+		<-p.exited
+	}
+	for name, took := range times {
+		slices.Sort(took)
+		b.ReportMetric(float64(took[len(took)/2].Microseconds())/1000, name)
+	}
+	b.ReportMetric(0, "ns/op")
+}
+
 // BenchmarkDistance puts 64 reading clients on an instance whose compute is
 // further and further away: each of its 15 connections waits for every answer.
 func BenchmarkDistance(b *testing.B) {

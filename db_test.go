@@ -797,8 +797,8 @@ func TestCurrentSchemaTakesOneRoundTrip(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
 	err := d.prepare(ctx, slog.New(slog.DiscardHandler))
-	if n := r.trips.Load() - before; err != nil || n != 1 {
-		t.Errorf("prepare a current database = %v after %d round trips, want 1", err, n)
+	if n, sessions := r.trips.Load()-before, r.dials.Load(); err != nil || n != 1 || sessions != 1 {
+		t.Errorf("prepare a current database = %v after %d round trips in %d sessions, want 1 in 1", err, n, sessions)
 	}
 }
 
