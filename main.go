@@ -51,9 +51,9 @@ const (
 	maxBody   = 64 << 10       // bytes; four times the largest sensible task
 
 	// Cloud Run kills 10 s after SIGTERM. Reckoned from the signal:
-	cancelWork = 7 * time.Second        // database work still running is cancelled
-	closeConns = 8 * time.Second        // connections that still wait for a body are cut
-	closePool  = 500 * time.Millisecond // is what the pool then has
+	cancelWork = 7 * time.Second         // database work still running is cancelled
+	closeConns = 8 * time.Second         // connections that still wait for a body are cut
+	leave      = 8500 * time.Millisecond // without the pool
 )
 
 func main() {
@@ -112,10 +112,9 @@ func corsOrigins(list string) ([]string, error) {
 		return nil, nil
 	}
 	origin := regexp.MustCompile(`^[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?$`)
-	origins := strings.Split(list, ",")
-	for i := range origins {
-		origins[i] = strings.TrimSpace(origins[i])
-		if !origin.MatchString(origins[i]) {
+	origins := strings.Split(strings.ReplaceAll(list, " ", ""), ",")
+	for _, o := range origins {
+		if !origin.MatchString(o) {
 			return nil, errors.New("CORS_ORIGINS must list origins like https://app.example.com, separated by commas: no *, no path, no slash at the end, lower case")
 		}
 	}
@@ -188,24 +187,16 @@ func (s *server) routes() map[string]endpoint {
 func (s *server) serve(ctx context.Context, port, metricsPort string) error {
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	public := &http.Server{
-		Handler:           s,
-		ReadHeaderTimeout: headerTimeout,
-		ReadTimeout:       readTimeout,
-		WriteTimeout:      writeTimeout,
-		IdleTimeout:       idleTimeout,
-		MaxHeaderBytes:    maxHeader,
-		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelWarn),
-	}
 	failed := make(chan error, 3)
-	if err := listen(public, "PORT", port, failed); err != nil {
+	public, err := s.listen("PORT", port, s, failed)
+	if err != nil {
 		return err
 	}
 	if metricsPort != "" {
 		mux := http.NewServeMux()
 		mux.HandleFunc("GET /metrics", s.metrics)
-		private := &http.Server{Handler: mux, ReadTimeout: readTimeout, WriteTimeout: writeTimeout}
-		if err := listen(private, "METRICS_PORT", metricsPort, failed); err != nil {
+		private, err := s.listen("METRICS_PORT", metricsPort, mux, failed)
+		if err != nil {
 			return err
 		}
 		defer private.Close()
@@ -229,22 +220,33 @@ func (s *server) serve(ctx context.Context, port, metricsPort string) error {
 	return nil
 }
 
-// listen serves on all addresses of a port, and sends how that ended to failed.
-func listen(s *http.Server, name, port string, failed chan<- error) error {
+// listen serves h on all addresses of the setting's port, and sends how that
+// ended to failed.
+func (s *server) listen(setting, port string, h http.Handler, failed chan<- error) (*http.Server, error) {
 	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
-		return fmt.Errorf("%s must be a port number from 1 to 65535", name)
+		return nil, fmt.Errorf("%s must be a port number from 1 to 65535", setting)
 	}
 	listener, err := net.Listen("tcp", ":"+port)
 	if err != nil {
-		return fmt.Errorf("%s: %w", name, err)
+		return nil, fmt.Errorf("%s: %w", setting, err)
 	}
-	go func() { failed <- s.Serve(listener) }()
-	return nil
+	hs := &http.Server{
+		Handler:           h,
+		ReadHeaderTimeout: headerTimeout,
+		ReadTimeout:       readTimeout,
+		WriteTimeout:      writeTimeout,
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    maxHeader,
+		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelWarn),
+	}
+	go func() { failed <- hs.Serve(listener) }()
+	return hs, nil
 }
 
 // drain lets the requests in flight finish, as far as the time goes.
 func (s *server) drain(public *http.Server) {
 	time.AfterFunc(cancelWork, s.cancel)
+	late := time.After(leave)
 	ctx, cancel := context.WithTimeout(context.Background(), closeConns)
 	defer cancel()
 	if err := public.Shutdown(ctx); err != nil {
@@ -257,7 +259,7 @@ func (s *server) drain(public *http.Server) {
 	}()
 	select {
 	case <-closed:
-	case <-time.After(closePool):
+	case <-late:
 	}
 }
 
@@ -513,29 +515,21 @@ func readObject(w http.ResponseWriter, r *http.Request) (map[string]json.RawMess
 // encoding/json would put U+FFFD in the place of malformed text; here it is refused.
 func parseObject(body []byte) (map[string]json.RawMessage, error) {
 	var members map[string]json.RawMessage
-	err := json.Unmarshal(body, &members)
-	if err != nil {
+	if err := json.Unmarshal(body, &members); err != nil {
 		return nil, fmt.Errorf("%w: %w", errBadJSON, err)
 	}
-	if members == nil || !utf8.Valid(body) || loneSurrogate(body) { // nil: the body is null
+	for _, escape := range escapes.FindAll(body, -1) {
+		if len(escape) == len(`\uD800`) { // half of a pair is no character: RFC 8259, 8.2
+			return nil, errBadJSON
+		}
+	}
+	if members == nil || !utf8.Valid(body) { // nil: the body is null
 		return nil, errBadJSON
 	}
 	return members, nil
 }
 
-// loneSurrogate reports whether valid JSON has a \u escape that is half of a
-// surrogate pair, and so no character (RFC 8259, 8.2).
-func loneSurrogate(text []byte) bool {
-	const half = `\uDXXX`
-	for _, escape := range escapes.FindAll(text, -1) {
-		if len(escape) == len(half) {
-			return true
-		}
-	}
-	return false
-}
-
-// A backslash, a surrogate pair, or what is left: half of one.
+// escapes finds each escaped backslash, surrogate pair, and half of one.
 var escapes = regexp.MustCompile(`\\\\|\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\u[dD][89a-fA-F]..`)
 
 //go:embed openapi.json
@@ -544,16 +538,9 @@ var openAPI []byte
 //go:embed docs.html
 var docs []byte
 
-// docsPolicy allows docs.html its one script, Swagger UI of one version, and calls to this API.
-const docsPolicy = "default-src 'none'; " +
-	"script-src https://cdn.jsdelivr.net/npm/swagger-ui-dist@5.35.0/ 'sha256-iH8ahaXmL3oCvTQtv4MGS33RJ8UfK8Vy90qTpVQJ2kI='; " +
-	"style-src https://cdn.jsdelivr.net/npm/swagger-ui-dist@5.35.0/; " +
-	"img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-
 // document serves content from memory.
 func document(contentType string, content []byte) endpoint {
 	return func(_ context.Context, w http.ResponseWriter, _ *http.Request) error {
-		w.Header().Set("Content-Security-Policy", docsPolicy)
 		write(w, http.StatusOK, contentType, content)
 		return nil
 	}
