@@ -408,7 +408,7 @@ func (s *server) completeTask(ctx context.Context, w http.ResponseWriter, r *htt
 // once is lost, and moves updated_at on even where the clock has not moved or
 // goes back.
 func (d *database) update(ctx context.Context, k taskKey, match []string, c change) (task, error) {
-	return d.change(ctx, k, match, `
+	return d.apply(ctx, k, match, `
 		UPDATE tasks
 		SET title = COALESCE(@title, title),
 		    description = CASE WHEN @describe::boolean THEN @description ELSE description END,
@@ -427,13 +427,13 @@ func (s *server) deleteTask(ctx context.Context, w http.ResponseWriter, r *http.
 }
 
 func (d *database) delete(ctx context.Context, k taskKey, match []string) error {
-	_, err := d.change(ctx, k, match, `DELETE FROM tasks`, pgx.StrictNamedArgs{})
+	_, err := d.apply(ctx, k, match, `DELETE FROM tasks`, pgx.StrictNamedArgs{})
 	return err
 }
 
-// change runs an UPDATE or DELETE of a task if its tag is one of match, nil for
+// apply runs an UPDATE or DELETE of a task if its tag is one of match, nil for
 // any, and returns the task; errChanged if it has another.
-func (d *database) change(ctx context.Context, k taskKey, match []string, statement string, args pgx.StrictNamedArgs) (task, error) {
+func (d *database) apply(ctx context.Context, k taskKey, match []string, statement string, args pgx.StrictNamedArgs) (task, error) {
 	args["user"], args["id"], args["match"] = k.user, k.id, match
 	t, err := one(query(ctx, d, false, scanTask, statement+`
 		WHERE user_id = @user AND id = @id
