@@ -561,26 +561,34 @@ func TestSilentPeer(t *testing.T) {
 	l.check()
 }
 
-// A request waits for a database that is away for longer than it would for a
-// free connection.
+// A request waits for a database that is away, or lets it wait at the door,
+// for longer than it would for a free connection.
 func TestLongRestart(t *testing.T) {
 	t.Parallel()
-	d, r := openOver(t)
-	c := newClientOf(t, newService(t, d), "test-"+rand.Text())
-	r.down.Store(true)
-	d.pool.Reset() // what is sent on a connection that is cut may have run
-	time.AfterFunc(poolPatience+time.Second, r.heal)
-	var requests sync.WaitGroup
-	for method, status := range map[string]int{"GET": 200, "POST": 201} {
-		requests.Go(func() {
-			start := time.Now()
-			a, err := c.try(method, "/api/"+c.user+"/tasks", map[string]string{"POST": `{"title": "patient"}`}[method])
-			if took := time.Since(start); err != nil || a.status != status || took < poolPatience {
-				t.Errorf("%s = %d %s %v after %v, want %d after the restart", method, a.status, a.body, err, took, status)
+	for name, away := range map[string]func(*relay){
+		"down":   func(r *relay) { r.down.Store(true) },
+		"waking": func(r *relay) { r.stalled.Store(true) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			d, r := openOver(t)
+			c := newClientOf(t, newService(t, d), "test-"+rand.Text())
+			d.pool.Reset() // what is sent on a connection that is cut may have run
+			away(r)
+			time.AfterFunc(poolPatience+time.Second, r.heal)
+			var requests sync.WaitGroup
+			for method, status := range map[string]int{"GET": 200, "POST": 201} {
+				requests.Go(func() {
+					start := time.Now()
+					a, err := c.try(method, "/api/"+c.user+"/tasks", map[string]string{"POST": `{"title": "patient"}`}[method])
+					if took := time.Since(start); err != nil || a.status != status || took < poolPatience {
+						t.Errorf("%s = %d %s %v after %v, want %d after the restart", method, a.status, a.body, err, took, status)
+					}
+				})
 			}
+			requests.Wait()
 		})
 	}
-	requests.Wait()
 }
 
 // Who lost the same database comes back later each time, and not as one.

@@ -423,6 +423,41 @@ func TestDatabaseComesUpLater(t *testing.T) {
 // stopLimit is what a stop may take: Cloud Run kills after 10 s.
 const stopLimit = 9 * time.Second
 
+// Not even a database that has gone silent keeps the process longer.
+func TestStopDespiteSilence(t *testing.T) {
+	t.Parallel()
+	d, r := openDatabaseOver(t, sharedDatabaseURL())
+	port := freePort(t)
+	c := newClientOf(t, "http://127.0.0.1:"+port, "test-"+rand.Text())
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	ended := make(chan error, 1)
+	go func() { ended <- newServer(sharedAuth, d, slog.New(slog.DiscardHandler), nil, "").serve(ctx, port, "") }()
+	eventually(t, "first list", func() bool {
+		a, err := c.try("GET", "/api/"+c.user+"/tasks", "")
+		return err == nil && a.status == 200
+	})
+	r.stalled.Store(true)
+	answered := make(chan answer, 1)
+	go func() {
+		a, err := c.try("GET", "/api/"+c.user+"/tasks", "")
+		if err != nil {
+			t.Error(err)
+		}
+		answered <- a
+	}()
+	eventually(t, "list under way", func() bool { return d.pool.Stat().AcquiredConns() == 1 })
+	start := time.Now()
+	stop()
+	if err := <-ended; err != nil || time.Since(start) > stopLimit {
+		t.Errorf("the stop = %v after %v, want none within %v", err, time.Since(start), stopLimit)
+	}
+	if a := <-answered; a.status != http.StatusServiceUnavailable {
+		t.Errorf("the list = %d %s, want 503", a.status, a.body)
+	}
+	r.heal()
+}
+
 func TestStopCancelsStatement(t *testing.T) {
 	t.Parallel()
 	p := startProcess(t)

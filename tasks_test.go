@@ -793,6 +793,19 @@ func TestUpdatedAtGrowsEvenFromTheFuture(t *testing.T) {
 	}
 }
 
+// Neither the server's time zone nor the process's is the client's business.
+func TestTimesAreUTC(t *testing.T) {
+	t.Parallel()
+	p := startProcess(t, "TZ=Asia/Kolkata")
+	p.waitLive()
+	c := newClientOf(t, p.url, "test-"+rand.Text())
+	a := c.do("POST", "", `{"title": "Chai"}`)
+	created := decode[wireTask](t, a.body).CreatedAt
+	if strings.Count(a.body, `Z"`) != 2 || time.Since(created).Abs() > 10*time.Minute {
+		t.Errorf("created = %s, want times in UTC", a.body)
+	}
+}
+
 // losesText decodes valid JSON with encoding/json, which puts U+FFFD in the place of half a surrogate pair, and
 // reports whether a string has more of them than its literal spells out.
 func losesText(t *testing.T, body []byte) bool {
