@@ -138,15 +138,17 @@ func (a *authenticator) verify(token string) (string, error) {
 	return claims["sub"].(string), nil
 }
 
+// remember keeps the claims of a token, unless it is unusually long.
 func (a *authenticator) remember(token string, claims jwt.MapClaims) {
+	if len(token) > maxKnownSize {
+		return
+	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if len(a.known) >= maxKnown {
 		clear(a.known)
 	}
-	if len(token) <= maxKnownSize {
-		a.known[token] = claims
-	}
+	a.known[token] = claims
 }
 
 // parse returns the claims of a good token, of which sub is a user's id.

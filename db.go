@@ -65,7 +65,13 @@ func poolConfig(databaseURL string) (*pgxpool.Config, error) {
 	dialer := net.Dialer{Timeout: dialTimeout}
 	conn.DialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
 		c, err := dialer.DialContext(ctx, network, address)
-		return hastyConn{c}, err
+		if err != nil {
+			return nil, err
+		}
+		if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) > connectTimeout {
+			c.SetDeadline(time.Now().Add(hangUpTimeout)) // no session has as long to begin: pgx asks for a statement's end
+		}
+		return hastyConn{c}, nil
 	}
 	// No connection is kept by force and none is renewed while idle: each new
 	// session would restart the five minutes after which Neon goes to sleep.
@@ -97,8 +103,8 @@ func secure(conn *pgx.ConnConfig) error {
 }
 
 // A hastyConn does not wait long for its peer to hang up. pgx grants 15 s to
-// that (asyncClose), in which a connection that has gone silent keeps its place
-// in the pool.
+// that, and before to asking for the statement's end on a connection of its own
+// (asyncClose), in which one that has gone silent keeps its place in the pool.
 type hastyConn struct{ net.Conn }
 
 func (c hastyConn) SetDeadline(t time.Time) error {
@@ -126,8 +132,12 @@ func newDatabase(config *pgxpool.Config) (*database, error) {
 			// As options, for Neon's proxy drops a plain statement_timeout without a word.
 			conn.RuntimeParams["options"] += fmt.Sprintf(" -c statement_timeout=%d", statementTimeout.Milliseconds())
 		}
-		// Here, where a connection already has one of the places in the pool: however many requests wait, no more than these try.
+		// This holds a place in the pool: at most maxConns try to connect, however many requests wait.
 		pause(ctx, int(d.failures.Load()))
+		return nil
+	}
+	config.AfterConnect = func(context.Context, *pgx.Conn) error {
+		d.failures.Store(0)
 		return nil
 	}
 	config.ShouldPing = d.isDead
@@ -137,18 +147,21 @@ func newDatabase(config *pgxpool.Config) (*database, error) {
 }
 
 // isDead pings a connection that idled for a second. To a yes pgxpool pings it
-// once more, in vain, and takes another. What ended one has ended the rest: all
-// that idle are dropped, or a request could spend a second on each.
+// once more, in vain, and takes another. What ended one has ended the rest: the
+// pool closes those that idle, or a request could spend a second on each, and
+// those in use when they come back.
 func (d *database) isDead(ctx context.Context, p pgxpool.ShouldPingParams) bool {
 	if p.IdleDuration < time.Second {
 		return false
 	}
-	ctx, cancel := context.WithTimeout(ctx, pingTimeout)
+	patience, cancel := context.WithTimeout(ctx, pingTimeout)
 	defer cancel()
-	if p.Conn.Ping(ctx) == nil {
+	if p.Conn.Ping(patience) == nil {
 		return false
 	}
-	d.pool.Reset()
+	if ctx.Err() == nil {
+		d.pool.Reset()
+	}
 	return true
 }
 
@@ -220,7 +233,7 @@ func query[T any](ctx context.Context, d *database, repeatable bool, scan pgx.Ro
 	case <-ctx.Done():
 		return nil, fmt.Errorf("%w: wait for the schema: %w", errUnavailable, ctx.Err())
 	}
-	failure := errUnavailable
+	failure := errUnavailable // until a statement was sent in vain
 	for attempt := 1; ; attempt++ {
 		conn, err := d.acquire(ctx)
 		if err != nil {
@@ -259,24 +272,28 @@ func once[T any](ctx context.Context, conn *pgxpool.Conn, scan pgx.RowToFunc[T],
 
 // acquire gets a connection for one statement. Connecting is tried again until
 // ctx is done, for nothing has been sent yet, and Neon may be waking up. Where
-// others have connections, the wait for one of them is shorter.
+// the database is there, the wait for one of its connections is shorter.
 func (d *database) acquire(ctx context.Context) (*pgxpool.Conn, error) {
+	ctx, giveUp := context.WithCancel(ctx)
+	defer giveUp()
+	defer time.AfterFunc(poolPatience, func() {
+		if d.pool.Stat().AcquiredConns() > 0 { // overload
+			giveUp()
+		}
+	}).Stop()
 	var failure error
 	for {
-		patience, cancel := context.WithTimeout(ctx, poolPatience)
-		conn, err := d.pool.Acquire(patience)
-		inVain := patience.Err() != nil
-		cancel()
+		conn, err := d.pool.Acquire(ctx)
+		_, refused := errors.AsType[*pgconn.ConnectError](err)
 		switch {
 		case err == nil:
-			d.failures.Store(0)
 			return conn, nil
-		case ctx.Err() != nil && failure != nil:
+		case !refused && failure != nil:
 			return nil, failure
-		case ctx.Err() != nil, inVain && d.pool.Stat().AcquiredConns() > 0:
+		case !refused:
 			return nil, fmt.Errorf("wait for a connection: %w", err)
-		case inVain, strings.Contains(err.Error(), "unsupported startup parameter") && !d.pooler.Swap(true):
-			continue // connecting goes on, or to a pooler without -pooler in its name
+		case strings.Contains(err.Error(), "unsupported startup parameter") && !d.pooler.Swap(true):
+			continue // a pooler without -pooler in its name
 		}
 		failure = err
 		d.failures.Add(1)
@@ -289,10 +306,10 @@ func (d *database) ping(ctx context.Context) error {
 	return err
 }
 
-// pause waits after so many failures: not at all after none, then from 12 ms
-// on twice as long each time, up to half a second, and half of it by chance, so
-// that many who lost the same database do not come back as one. It reports
-// whether ctx still runs.
+// pause waits after so many failures, whoever had them: not at all after none,
+// 25 ms after one, twice as long after the next, up to half a second; half of it
+// by chance, so that many who lost the same database do not come back as one.
+// It reports whether ctx still runs.
 func pause(ctx context.Context, failures int) bool {
 	if failures == 0 {
 		return true
@@ -314,6 +331,7 @@ func transient(err error) bool {
 	}
 	pg, ok := errors.AsType[*pgconn.PgError](err)
 	// Appendix A of the PostgreSQL manual: connection, invalid transaction state (read-only), rollback, resources,
-	// object not in prerequisite state (lock timeout), operator intervention (statement timeout), system error.
-	return ok && slices.Contains([]string{"08", "25", "40", "53", "55", "57", "58"}, pg.Code[:2])
+	// object not in prerequisite state (lock timeout), operator intervention (statement timeout), system and internal error.
+	classes := []string{"08", "25", "40", "53", "55", "57", "58", "XX"}
+	return ok && slices.ContainsFunc(classes, func(class string) bool { return strings.HasPrefix(pg.Code, class) })
 }

@@ -87,11 +87,11 @@ func (t task) etag() string {
 
 // ifMatch returns the tags under which a change may be made, nil for any.
 func ifMatch(r *http.Request) []string {
-	tags := tags(r, "If-Match")
-	if slices.Contains(tags, "*") {
+	given := tags(r, "If-Match")
+	if slices.Equal(given, []string{"*"}) {
 		return nil
 	}
-	return tags
+	return given
 }
 
 // ifNoneMatch reports whether the client has this version.
@@ -232,13 +232,14 @@ func (d *database) insert(ctx context.Context, user string, c change, key *strin
 		sum := sha256.Sum256(request)
 		hash = sum[:]
 	}
-	// DO UPDATE, though it changes nothing: DO NOTHING would return no row, and the statement's snapshot lacks the
-	// row of a request that ran beside it. Only a row that was there before has an xmax.
 	var same bool
-	t, err = one(query(ctx, d, key != nil, func(row pgx.CollectableRow) (t task, err error) {
+	scan := func(row pgx.CollectableRow) (t task, err error) {
 		err = row.Scan(append(t.fields(), &replayed, &same)...)
 		return t, err
-	}, `
+	}
+	// DO UPDATE, though it changes nothing: DO NOTHING would return no row, and the statement's snapshot lacks the
+	// row of a request that ran beside it. Only a row that was there before has an xmax.
+	t, err = one(query(ctx, d, key != nil, scan, `
 		INSERT INTO tasks (user_id, title, description, completed, idempotency_key, request_hash)
 		VALUES (@user, @title, @description, @completed, @key, @hash)
 		ON CONFLICT (user_id, idempotency_key) WHERE idempotency_key IS NOT NULL
@@ -260,16 +261,17 @@ type page struct {
 }
 
 func parsePage(q url.Values) (p page, err error) {
-	var errs [6]error
+	var errs [5]error
 	p.completed, errs[0] = boolean(q, "completed")
 	p.limit, errs[1] = number(q, "limit", 1, maxLimit, defaultLimit)
 	p.offset, errs[2] = number(q, "offset", 0, math.MaxInt64, 0)
 	p.before, errs[3] = number(q, "before", 1, math.MaxInt64, math.MaxInt64)
 	p.total, errs[4] = boolean(q, "total")
-	if q.Has("before") && q.Has("offset") {
-		errs[5] = invalid("before and offset exclude each other: a page begins at one of them")
+	err = cmp.Or(errs[:]...)
+	if err == nil && q.Has("before") && q.Has("offset") {
+		err = invalid("before and offset exclude each other: a page begins at one of them")
 	}
-	return p, cmp.Or(errs[:]...)
+	return p, err
 }
 
 func number(q url.Values, name string, least, most, otherwise int64) (int64, error) {
