@@ -672,7 +672,7 @@ func TestAbandonedRequestsKeepTheirConnections(t *testing.T) {
 func TestErrorsOfAStatement(t *testing.T) {
 	t.Parallel()
 	d := openPrepared(t, ownDatabase(t))
-	sqlExec(t, d.pool, `CREATE SEQUENCE sent`)
+	sqlExec(t, d.pool, `CREATE SEQUENCE sent; CREATE FUNCTION fault() RETURNS int LANGUAGE plpgsql AS $$ BEGIN RAISE SQLSTATE 'XX000'; END $$`)
 	const die, cancel = `pg_terminate_backend(pg_backend_pid())`, `pg_cancel_backend(pg_backend_pid())`
 	for _, row := range []struct {
 		name, sql  string
@@ -688,6 +688,7 @@ func TestErrorsOfAStatement(t *testing.T) {
 		{"write out of time", `SELECT nextval('sent')::int, ` + cancel + `, pg_sleep(9)`, false, errUnavailable, "57014", 1},
 		{"fault of a read", `SELECT nextval('sent')::int / 0`, true, nil, "22012", 1},
 		{"fault of a write", `SELECT nextval('sent')::int / 0`, false, nil, "22012", 1},
+		{"internal error, as Neon's proxy has them", `SELECT nextval('sent')::int, fault()`, true, errUnavailable, "XX000", 1},
 		{"value of another type", `SELECT nextval('sent')::text || 'x'`, true, nil, "scan", 1},
 	} {
 		sqlExec(t, d.pool, `ALTER SEQUENCE sent RESTART`)

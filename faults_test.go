@@ -31,6 +31,7 @@ type relay struct {
 	delay        atomic.Int64 // of each answer, in nanoseconds
 	stalled      atomic.Bool  // packets wait
 	down         atomic.Bool  // whoever connects is hung up on
+	room         atomic.Int64 // beyond so many connections whoever connects is hung up on; 0 for no limit
 	loseRequests atomic.Int64 // so many are dropped before the server has them, with their connections
 	loseAnswers  atomic.Int64 // and so many when the server has done its work
 	forward      func() (net.Conn, error)
@@ -61,7 +62,11 @@ func (r *relay) serve() {
 		go func() {
 			defer client.Close()
 			r.dials.Add(1)
-			if r.down.Load() {
+			r.mu.Lock()
+			room := r.room.Load()
+			full := room > 0 && int64(len(r.links)) >= room
+			r.mu.Unlock()
+			if r.down.Load() || full {
 				return
 			}
 			server, err := r.forward()
@@ -559,6 +564,58 @@ func TestSilentPeer(t *testing.T) {
 		t.Errorf("afterwards a list is %d %s after %v, want 200 at once", a.status, a.body, time.Since(start))
 	}
 	l.check()
+}
+
+// Nobody answers, on new connections neither: what gave up waiting does not
+// keep its place in the pool for long.
+func TestSilentPeerFreesItsPlaces(t *testing.T) {
+	t.Parallel()
+	d, r := openOver(t)
+	connect(t, d, 3)
+	r.stalled.Store(true)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	var statements sync.WaitGroup
+	for range 3 {
+		statements.Go(func() {
+			if _, err := query(ctx, d, false, pgx.RowTo[int], `SELECT 1`); !errors.Is(err, errNoAnswer) {
+				t.Errorf("a statement without an answer = %v, want %v", err, errNoAnswer)
+			}
+		})
+	}
+	statements.Wait()
+	start := time.Now()
+	eventually(t, "empty pool", func() bool { return d.pool.Stat().TotalConns() == 0 })
+	if took := time.Since(start); took > 6*time.Second {
+		t.Errorf("the places are free after %v, want 2 s", took)
+	}
+	r.heal()
+}
+
+// The database takes no more connections, as when other instances have them
+// all: those there are serve all, and the others are not tried for in a storm.
+func TestNoRoomForMoreConnections(t *testing.T) {
+	t.Parallel()
+	d, r := openOver(t)
+	c := newClientOf(t, newService(t, d), "test-"+rand.Text())
+	c.http = keepingConnections(t)
+	connect(t, d, 2)
+	r.room.Store(2)
+	before, end := r.dials.Load(), time.Now().Add(3*time.Second)
+	var clients sync.WaitGroup
+	for range 40 {
+		clients.Go(func() {
+			for time.Now().Before(end) {
+				if a, err := c.try("GET", "/api/"+c.user+"/tasks", ""); err != nil || a.status != 200 {
+					t.Errorf("list = %d %s %v, want 200", a.status, a.body, err)
+				}
+			}
+		})
+	}
+	clients.Wait()
+	if n := r.dials.Load() - before; n < 13 || n > 300 {
+		t.Errorf("%d connections begun in 3 s, want 13 to 300", n)
+	}
 }
 
 // A request waits for a database that is away, or lets it wait at the door,

@@ -354,8 +354,13 @@ func TestUnreachableDatabase(t *testing.T) {
 	if a := c.send("GET", "/health/live", ""); a.status != 200 {
 		t.Errorf("/health/live = %d %s, want 200", a.status, a.body)
 	}
+	// The end of the process finds a request that still waits.
+	sent := time.Now()
+	if a := c.do("GET", "", ""); a.status != 503 || time.Since(sent) > 14*time.Second {
+		t.Errorf("a list at the end = %d %s after %v, want 503 before its deadline", a.status, a.body, time.Since(sent))
+	}
 
-	status := p.wait(45 * time.Second)
+	status := p.wait(15 * time.Second)
 	took := time.Since(start)
 	lines := p.output.lines(t)
 	last := lines[len(lines)-1]
