@@ -42,7 +42,7 @@ func poolConfig(databaseURL string) (*pgxpool.Config, error) {
 		return nil, errors.New("DATABASE_URL is not set: it takes a postgres:// connection string, as the Neon console shows it")
 	}
 	// pgx would guess where a password with these characters ends, and its errors show the rest.
-	wellFormed := regexp.MustCompile(`^postgres(ql)?://([^@/?]*@)?[^@/?]*(/[^@/?]*)?(\?[^@]*)?$`)
+	wellFormed := regexp.MustCompile(`^postgres(ql)?://([^@/?\s]*@)?[^@/?\s]+(/[^@/?\s]*)?(\?[^@\s]*)?$`)
 	if !wellFormed.MatchString(databaseURL) {
 		return nil, errors.New("DATABASE_URL must be like postgresql://user:password@host/database?sslmode=require, with any @, / or ? in the password percent-encoded")
 	}
@@ -219,9 +219,8 @@ func (d *database) migrate(ctx context.Context) error {
 }
 
 // query runs one statement, in one round trip, and returns its rows. Its error
-// is errUnavailable where nothing has changed, for the database was not
-// reached, had no capacity or gave up; errNoAnswer where the statement was sent
-// and no answer came, so that it may have run; or else its own fault.
+// is errUnavailable where the database was not reached, had no capacity, gave up
+// or did not answer, so that the statement may have run; or else its own fault.
 //
 // A repeatable statement is sent once more when the connection is lost. Which
 // errors mean "lost" is not read from their kind: pgconn.SafeToRetry says yes
@@ -233,16 +232,12 @@ func query[T any](ctx context.Context, d *database, repeatable bool, scan pgx.Ro
 	case <-ctx.Done():
 		return nil, fmt.Errorf("%w: wait for the schema: %w", errUnavailable, ctx.Err())
 	}
-	failure := errUnavailable // until a statement was sent in vain
 	for attempt := 1; ; attempt++ {
 		conn, err := d.acquire(ctx)
 		if err != nil {
-			return nil, fmt.Errorf("%w: %w", failure, err)
+			return nil, fmt.Errorf("%w: %w", errUnavailable, err)
 		}
 		found, lost, err := once(ctx, conn, scan, sql, args...)
-		if lost {
-			failure = errNoAnswer
-		}
 		if lost && ctx.Err() == nil {
 			d.pool.Reset() // a restart ends the other connections too, one by one
 		}
@@ -252,7 +247,7 @@ func query[T any](ctx context.Context, d *database, repeatable bool, scan pgx.Ro
 		case lost && repeatable && attempt == 1:
 			continue
 		case lost, transient(err), ctx.Err() != nil:
-			return nil, fmt.Errorf("%w: %w", failure, err)
+			return nil, fmt.Errorf("%w: %w", errUnavailable, err)
 		default:
 			return nil, err
 		}

@@ -75,7 +75,7 @@ func TestDatabaseURL(t *testing.T) {
 			{"postgres://u:p@" + neon + "/d?sslmode=require&sslnegotiation=direct", neon + " full"},
 			{"postgres://u:p@EP-A-1.AWS.NEON.TECH/d?sslmode=require", "EP-A-1.AWS.NEON.TECH full"},
 			{"postgres://u:p@" + neon + "./d?sslmode=require", neon + ". full"}, // the same host, spelled absolutely
-			{"postgres:///d?host=" + neon + "&user=u", neon + " full"},
+			{"postgres://u:p@" + other + "/d?host=" + neon, neon + " full"},
 			{"postgres://u:p@" + other + "," + neon + ":5433/d", other + " any, " + neon + " full"},
 			{"postgres://u:p@" + neon + "," + other + "/d", neon + " full, " + other + " any"},
 
@@ -85,7 +85,7 @@ func TestDatabaseURL(t *testing.T) {
 			{"postgres://u:p@127.0.0.2/d?sslmode=prefer", "127.0.0.2 any, 127.0.0.2 plain"},
 			{"postgres://u:p@[::1]:5433/d?sslmode=disable", "::1 plain"},
 			{"postgres://u:p@%2Ftmp/d", "/tmp plain"},
-			{"postgres:///d?host=/tmp&sslmode=disable", "/tmp plain"},
+			{"postgres://u:p@localhost/d?host=/tmp&sslmode=disable", "/tmp plain"},
 			{"postgres://u:p@localhost,127.0.0.1/d?sslmode=disable", "localhost plain, 127.0.0.1 plain"},
 
 			{"postgres://u:p@" + other + "/d?sslmode=disable", refused},
@@ -103,6 +103,10 @@ func TestDatabaseURL(t *testing.T) {
 			{"postgres://u:p@[2001:db8::1]/d?sslmode=disable", refused},
 			{"postgres://u:p@10.0.0.1/d?sslmode=disable", refused},
 			{"postgres://u:p@" + other + "/d?sslmode=verify_full", refused},
+			{"postgres://", refused},
+			{"postgresql:///d", refused},
+			{"postgres://u:p@/d", refused},
+			{"postgres://u:p@" + other + "/d\n", refused},
 		} {
 			config, err := poolConfig(row.url)
 			got := refused
@@ -569,8 +573,8 @@ func TestDeadlineEndsTheStatement(t *testing.T) {
 		sql        string
 		want       error
 	}{
-		{false, `UPDATE tasks SET title = 'x' WHERE user_id = $1 AND id = $2 RETURNING id`, errNoAnswer},
-		{true, `SELECT id FROM tasks WHERE user_id = $1 AND id = $2 FOR UPDATE`, errNoAnswer},
+		{false, `UPDATE tasks SET title = 'x' WHERE user_id = $1 AND id = $2 RETURNING id`, errUnavailable},
+		{true, `SELECT id FROM tasks WHERE user_id = $1 AND id = $2 FOR UPDATE`, errUnavailable},
 	} {
 		marker := "/* " + rand.Text() + " */"
 		running := func() int {
@@ -682,8 +686,8 @@ func TestErrorsOfAStatement(t *testing.T) {
 		sent       int
 	}{
 		{"read that loses its connection once", `SELECT CASE nextval('sent') WHEN 1 THEN ` + die + `::int + length(pg_sleep(9)::text) ELSE 1 END`, true, nil, "", 2},
-		{"read that always does", `SELECT nextval('sent')::int, ` + die + `, pg_sleep(9)`, true, errNoAnswer, "", 2},
-		{"write that does", `SELECT nextval('sent')::int, ` + die + `, pg_sleep(9)`, false, errNoAnswer, "", 1},
+		{"read that always does", `SELECT nextval('sent')::int, ` + die + `, pg_sleep(9)`, true, errUnavailable, "", 2},
+		{"write that does", `SELECT nextval('sent')::int, ` + die + `, pg_sleep(9)`, false, errUnavailable, "", 1},
 		{"read out of time", `SELECT nextval('sent')::int, ` + cancel + `, pg_sleep(9)`, true, errUnavailable, "57014", 1},
 		{"write out of time", `SELECT nextval('sent')::int, ` + cancel + `, pg_sleep(9)`, false, errUnavailable, "57014", 1},
 		{"fault of a read", `SELECT nextval('sent')::int / 0`, true, nil, "22012", 1},

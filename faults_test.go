@@ -257,25 +257,6 @@ func TestLostRequestsAndAnswers(t *testing.T) {
 	}
 }
 
-// What may have run at the first try is not said to be unmade because there is no second.
-func TestLostAnswerThenNoDatabase(t *testing.T) {
-	t.Parallel()
-	d, r := openOver(t)
-	c := newClient(t)
-	connect(t, d, 1)
-	r.loseAnswers.Store(1)
-	r.down.Store(true)
-	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-	defer cancel()
-	_, _, err := d.insert(ctx, c.user, change{title: new("lost")}, new("k"))
-	if !errors.Is(err, errNoAnswer) {
-		t.Errorf("insert = %v, want %v", err, errNoAnswer)
-	}
-	if tasks := decode[[]wireTask](t, c.do("GET", "", "").body); len(tasks) != 1 {
-		t.Errorf("there are %d tasks, want the one whose answer was lost", len(tasks))
-	}
-}
-
 // A ledger is what clients know of their tasks. Each task has a life: it is
 // new, then done, then open again, and half of them go.
 type ledger struct {
@@ -578,8 +559,8 @@ func TestSilentPeerFreesItsPlaces(t *testing.T) {
 	var statements sync.WaitGroup
 	for range 3 {
 		statements.Go(func() {
-			if _, err := query(ctx, d, false, pgx.RowTo[int], `SELECT 1`); !errors.Is(err, errNoAnswer) {
-				t.Errorf("a statement without an answer = %v, want %v", err, errNoAnswer)
+			if _, err := query(ctx, d, false, pgx.RowTo[int], `SELECT 1`); !errors.Is(err, errUnavailable) {
+				t.Errorf("a statement without an answer = %v, want %v", err, errUnavailable)
 			}
 		})
 	}
@@ -618,21 +599,34 @@ func TestNoRoomForMoreConnections(t *testing.T) {
 	}
 }
 
-// A request waits for a database that is away, or lets it wait at the door,
-// for longer than it would for a free connection.
+// A request waits for a database that is away, or lets it wait at the door
+// while it wakes, for longer than it would for a free connection. It does so
+// too where the pool has connections of before, which are dead or silent.
 func TestLongRestart(t *testing.T) {
 	t.Parallel()
-	for name, away := range map[string]func(*relay){
-		"down":   func(r *relay) { r.down.Store(true) },
-		"waking": func(r *relay) { r.stalled.Store(true) },
+	for _, row := range []struct {
+		name  string
+		conns int
+		away  func(*relay)
+	}{
+		{"down", 0, func(r *relay) { r.down.Store(true) }},
+		{"waking", 0, func(r *relay) { r.stalled.Store(true) }},
+		{"waking, its connections cut", 3, func(r *relay) { r.stalled.Store(true); r.cut() }},
+		{"waking, its connections silent", 3, func(r *relay) { r.silence(); r.stalled.Store(true) }},
 	} {
-		t.Run(name, func(t *testing.T) {
+		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
 			d, r := openOver(t)
 			c := newClientOf(t, newService(t, d), "test-"+rand.Text())
-			d.pool.Reset() // what is sent on a connection that is cut may have run
-			away(r)
-			time.AfterFunc(poolPatience+time.Second, r.heal)
+			if row.conns == 0 {
+				d.pool.Reset() // what is sent on a connection that is cut may have run
+			} else {
+				connect(t, d, row.conns)
+				idle := time.Now()
+				eventually(t, "idle time", func() bool { return time.Since(idle) > 1100*time.Millisecond })
+			}
+			row.away(r)
+			time.AfterFunc(poolPatience+2*time.Second, r.heal)
 			var requests sync.WaitGroup
 			for method, status := range map[string]int{"GET": 200, "POST": 201} {
 				requests.Go(func() {

@@ -86,8 +86,9 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 	if len(args) > 0 {
 		return errors.New("usage: todo-app serves; todo-app token USER_ID prints a token for an hour")
 	}
-	var level slog.Level
-	if level.UnmarshalText([]byte(cmp.Or(getenv("LOG_LEVEL"), "info"))) != nil {
+	levels := map[string]slog.Level{"debug": slog.LevelDebug, "": slog.LevelInfo, "info": slog.LevelInfo, "warn": slog.LevelWarn, "error": slog.LevelError}
+	level, ok := levels[strings.ToLower(getenv("LOG_LEVEL"))]
+	if !ok {
 		return errors.New("LOG_LEVEL must be debug, info, warn or error")
 	}
 	origins, err := corsOrigins(getenv("CORS_ORIGINS"))
@@ -195,6 +196,7 @@ func (s *server) serve(ctx context.Context, port, metricsPort string) error {
 	if metricsPort != "" {
 		mux := http.NewServeMux()
 		mux.HandleFunc("GET /metrics", s.metrics)
+		mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) { writeError(w, errNoPath) })
 		private, err := s.listen("METRICS_PORT", metricsPort, mux, failed)
 		if err != nil {
 			return err
@@ -421,6 +423,9 @@ func (w *response) Write(p []byte) (int, error) {
 	return n, err
 }
 
+// Unwrap is for http.ResponseController.
+func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
 // A refusal is an error with a text for the client. Whatever wraps it is for the log.
 type refusal struct {
 	status int
@@ -446,8 +451,7 @@ var (
 	errKeyReused = refusal{422, "This Idempotency-Key was used for another task: send a new key with a new body."}
 
 	errInternal    = refusal{500, "Something went wrong on our side: report it with the X-Request-Id of this answer."}
-	errUnavailable = refusal{503, "The database cannot be reached or is waking up, and nothing was changed: try again in a moment."}
-	errNoAnswer    = refusal{503, "The database did not answer in time, and a change may have been made or not: it is safe to repeat with the same Idempotency-Key or If-Match."}
+	errUnavailable = refusal{503, "The database cannot be reached, is waking up or did not answer in time: try again in a moment. A change may have been made or not: it is safe to repeat with the same Idempotency-Key or If-Match."}
 )
 
 // invalid refuses a value, named together with its rule.
@@ -468,7 +472,7 @@ func writeError(w http.ResponseWriter, err error) {
 		w.Header().Set("WWW-Authenticate", `Bearer error="invalid_token"`) // RFC 6750, 3.1
 	case errCutBody, errSlowBody, errLargeBody:
 		w.Header().Set("Connection", "close") // what is left of the body is not read
-	case errUnavailable, errNoAnswer:
+	case errUnavailable:
 		w.Header().Set("Retry-After", "1") // seconds; Neon wakes in less
 	}
 	writeJSON(w, answer.status, map[string]string{"detail": answer.detail})
@@ -492,18 +496,21 @@ func write(w http.ResponseWriter, status int, contentType string, body []byte) {
 	w.Write(body)
 }
 
-// readObject returns the members of a request's body, nil if that is empty.
-func readObject(w http.ResponseWriter, r *http.Request) (map[string]json.RawMessage, error) {
+// readObject returns the members of a request's body, nil if that is empty. It
+// does not wait for a body when ctx is done.
+func readObject(ctx context.Context, w http.ResponseWriter, r *http.Request) (map[string]json.RawMessage, error) {
 	if r.ContentLength > maxBody {
 		return nil, errLargeBody
 	}
+	defer context.AfterFunc(ctx, func() { http.NewResponseController(w).SetReadDeadline(time.Now()) })()
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
 	_, tooLarge := errors.AsType[*http.MaxBytesError](err)
 	media, _, _ := mime.ParseMediaType(cmp.Or(r.Header.Get("Content-Type"), "application/json"))
+	_, subtype, _ := strings.Cut(media, "/")
 	switch {
 	case tooLarge:
 		return nil, errLargeBody
-	case len(body) > 0 && media != "application/json" && !strings.HasSuffix(media, "+json"):
+	case len(body) > 0 && media != "application/json" && !strings.HasSuffix(subtype, "+json"):
 		return nil, errNotJSON
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return nil, fmt.Errorf("%w: %w", errSlowBody, err)

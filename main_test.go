@@ -281,8 +281,9 @@ func TestBadSettings(t *testing.T) {
 		"BETTER_AUTH_SECRETS=1:hunter2",
 		"BETTER_AUTH_SECRETS=1:" + long + ",1:" + long,
 		"BETTER_AUTH_SECRETS=2:" + long + ",",
-		"PORT=http", "PORT=0", "PORT=-1", "PORT=65536", "PORT=8080 ", "PORT=" + takenPort,
-		"LOG_LEVEL=verbose", "LOG_LEVEL=0",
+		"PORT=http", "PORT=0", "PORT=-1", "PORT=65536", "PORT=8080 ", "PORT=" + takenPort, "METRICS_PORT=x", "METRICS_PORT=" + takenPort,
+		"LOG_LEVEL=verbose", "LOG_LEVEL=0", "LOG_LEVEL=info+2", "LOG_LEVEL=warning",
+		"DATABASE_URL=postgres://",
 	} {
 		t.Run(setting, func(t *testing.T) {
 			p := startProcess(t, setting)
@@ -510,12 +511,14 @@ func TestStopCancelsStatement(t *testing.T) {
 func TestStopWithStalledBody(t *testing.T) {
 	t.Parallel()
 	patient, hasty, idle := startProcess(t), startProcess(t), startProcess(t)
-	for _, p := range []*process{patient, hasty} {
+	var answer *bufio.Reader // the patient's
+	for _, p := range []*process{hasty, patient} {
 		p.waitLive()
 		c := newClientOf(t, p.url, "test-"+rand.Text())
 		conn := raw(t, p.url, c.post(`{"title":`, "Content-Length: 30", "Expect: 100-continue"))
+		answer = bufio.NewReader(conn)
 		// The interim answer says that the service waits for the body.
-		if line, err := bufio.NewReader(conn).ReadString('\n'); !strings.Contains(line, " 100 ") {
+		if line, err := answer.ReadString('\n'); !strings.Contains(line, " 100 ") {
 			t.Fatalf("interim answer = %q, %v, want 100", line, err)
 		}
 	}
@@ -535,6 +538,9 @@ func TestStopWithStalledBody(t *testing.T) {
 	}
 	if status := patient.wait(stopLimit - time.Since(start)); status != 0 {
 		t.Errorf("SIGTERM with a stalled body: exit status %d, want 0: %s", status, patient.output.String())
+	}
+	if text, _ := io.ReadAll(answer); !strings.Contains(string(text), "HTTP/1.1 408 ") {
+		t.Errorf("a stalled body at a stop is answered %q, want 408", text)
 	}
 }
 

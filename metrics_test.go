@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/rand"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -82,6 +83,23 @@ func TestMetrics(t *testing.T) {
 		check.Stdin = strings.NewReader(text)
 		if out, err := check.CombinedOutput(); err != nil || len(out) > 0 {
 			t.Errorf("promtool check metrics: %v\n%s", err, out)
+		}
+	}
+}
+
+func TestMetricsPort(t *testing.T) {
+	t.Parallel()
+	port := freePort(t)
+	p := startProcess(t, "METRICS_PORT="+port)
+	p.waitLive()
+	c := newClientOf(t, "http://127.0.0.1:"+port, "test-"+rand.Text())
+	for _, row := range []struct {
+		method, path string
+		status       int
+	}{{"GET", "/metrics", 200}, {"HEAD", "/metrics", 200}, {"GET", "/", 404}, {"GET", "/nothing", 404}, {"POST", "/metrics", 404}} {
+		a := c.send(row.method, row.path, "")
+		if a.status != row.status || a.status == 404 && detail(t, a) == "" || row.method == "GET" && a.status == 200 && !strings.Contains(a.body, "\ntodo_goroutines ") {
+			t.Errorf("%s %s on the metrics port = %d %s, want %d", row.method, row.path, a.status, a.body, row.status)
 		}
 	}
 }

@@ -199,10 +199,10 @@ func TestOpenAPIHasEveryRoute(t *testing.T) {
 func TestOpenAPIExamplesAreTrue(t *testing.T) {
 	t.Parallel()
 	missing := map[string]string{}
-	for _, e := range []refusal{errBadJSON, errCutBody, errNoToken, errBadToken, errNotYours, errNoTask, errSlowBody, errChanged, errLargeBody, errNotJSON, errKeyReused, errInternal, errUnavailable, errNoAnswer} {
+	for _, e := range []refusal{errBadJSON, errCutBody, errNoToken, errBadToken, errNotYours, errNoTask, errSlowBody, errChanged, errLargeBody, errNotJSON, errKeyReused, errInternal, errUnavailable} {
 		missing[e.detail] = fmt.Sprint(e.status)
 	}
-	_, blank := readChange(httptest.NewRecorder(), httptest.NewRequest("POST", "/", strings.NewReader(`{"title": " "}`)))
+	_, blank := readChange(t.Context(), httptest.NewRecorder(), httptest.NewRequest("POST", "/", strings.NewReader(`{"title": " "}`)))
 	_, limit := parsePage(url.Values{"limit": {"0"}})
 	missing[blank.Error()], missing[limit.Error()] = "422", "422"
 	texts := maps.Clone(missing)

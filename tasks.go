@@ -130,8 +130,8 @@ type change struct {
 
 // readChange reads the members of a body that a client may set, and holds them
 // to their rules. All others are ignored: clients post whole tasks back.
-func readChange(w http.ResponseWriter, r *http.Request) (c change, err error) {
-	members, err := readObject(w, r)
+func readChange(ctx context.Context, w http.ResponseWriter, r *http.Request) (c change, err error) {
+	members, err := readObject(ctx, w, r)
 	if err != nil {
 		return c, err
 	}
@@ -181,7 +181,7 @@ func parseCompleted(members map[string]json.RawMessage) (completed *bool, err er
 }
 
 func (s *server) createTask(ctx context.Context, w http.ResponseWriter, r *http.Request, k taskKey) error {
-	c, err := readChange(w, r)
+	c, err := readChange(ctx, w, r)
 	if err != nil {
 		return err
 	}
@@ -377,7 +377,7 @@ func (d *database) get(ctx context.Context, k taskKey) (task, error) {
 }
 
 func (s *server) updateTask(ctx context.Context, w http.ResponseWriter, r *http.Request, k taskKey) error {
-	c, err := readChange(w, r)
+	c, err := readChange(ctx, w, r)
 	if err != nil {
 		return err
 	}
@@ -391,7 +391,7 @@ func (s *server) updateTask(ctx context.Context, w http.ResponseWriter, r *http.
 // completeTask sets completed as the body says, or turns it over where the
 // body is empty or does not say.
 func (s *server) completeTask(ctx context.Context, w http.ResponseWriter, r *http.Request, k taskKey) error {
-	members, err := readObject(w, r)
+	members, err := readObject(ctx, w, r)
 	if err != nil {
 		return err
 	}

@@ -345,7 +345,7 @@ func TestRefusedBodiesChangeNothing(t *testing.T) {
 	} {
 		refusals = append(refusals, refusal{every, body, "", 400, object})
 	}
-	for _, contentType := range []string{"text/plain", "text/json", "application/x-www-form-urlencoded", "multipart/form-data; boundary=b", "application/jsonp", "json", "*/*", ";"} {
+	for _, contentType := range []string{"text/plain", "text/json", "application/x-www-form-urlencoded", "multipart/form-data; boundary=b", "application/jsonp", "json", "+json", "a+json", "*/*", ";"} {
 		refusals = append(refusals, refusal{every, fine, contentType, 415, `application/json`})
 	}
 	for _, space := range "\t\n\v\f\r \u0085\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000" {
