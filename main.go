@@ -265,68 +265,6 @@ func (s *server) drain(public *http.Server) {
 	}
 }
 
-// An endpoint answers a request or returns an error, never both. Its context
-// ends with the request's deadline and not when the client goes away: an
-// abandoned write may be committed all the same, and cancelling it would cost
-// its connection.
-type endpoint func(ctx context.Context, w http.ResponseWriter, r *http.Request) error
-
-// handle makes a handler of an endpoint, and its error or panic the answer.
-func (s *server) handle(e endpoint) http.HandlerFunc {
-	return func(w http.ResponseWriter, r *http.Request) {
-		ctx, cancel := context.WithTimeout(s.work, requestTimeout)
-		defer cancel()
-		answer := w.(*response)
-		defer func() {
-			if v := recover(); v != nil {
-				answer.err = fmt.Errorf("panic: %v\n%s", v, debug.Stack())
-			}
-			if answer.err != nil && answer.status == 0 {
-				writeError(w, answer.err)
-			}
-		}()
-		answer.err = e(ctx, w, r)
-	}
-}
-
-// forUser makes an endpoint of one that serves the verified user of the path.
-func (s *server) forUser(e func(ctx context.Context, w http.ResponseWriter, r *http.Request, k taskKey) error) endpoint {
-	return func(ctx context.Context, w http.ResponseWriter, r *http.Request) error {
-		user, err := s.auth.user(r)
-		if err != nil {
-			return err
-		}
-		if r.PathValue("user_id") != user {
-			return errNotYours
-		}
-		k := taskKey{user: user}
-		if text := r.PathValue("id"); text != "" {
-			id, err := strconv.ParseUint(text, 10, 63)
-			if err != nil || id == 0 {
-				return errNoTask
-			}
-			k.id = int64(id)
-		}
-		return e(ctx, w, r, k)
-	}
-}
-
-// noRoute refuses what no route takes. The mux by itself would do so in plain text.
-func (s *server) noRoute(_ context.Context, w http.ResponseWriter, r *http.Request) error {
-	var allow []string
-	for _, method := range methods {
-		if _, pattern := s.mux.Handler(&http.Request{Method: method, URL: r.URL}); pattern != "/" {
-			allow = append(allow, method)
-			r.Pattern = pattern // for the log
-		}
-	}
-	if allow == nil {
-		return errNoPath
-	}
-	w.Header().Set("Allow", strings.Join(allow, ", "))
-	return errMethod
-}
-
 // ServeHTTP gives every answer its common headers and logs it in one line.
 func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	start := time.Now()
@@ -425,6 +363,68 @@ func (w *response) Write(p []byte) (int, error) {
 
 // Unwrap is for http.ResponseController.
 func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+// An endpoint answers a request or returns an error, never both. Its context
+// ends with the request's deadline and not when the client goes away: an
+// abandoned write may be committed all the same, and cancelling it would cost
+// its connection.
+type endpoint func(ctx context.Context, w http.ResponseWriter, r *http.Request) error
+
+// handle makes a handler of an endpoint, for ServeHTTP, and its error or panic the answer.
+func (s *server) handle(e endpoint) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		ctx, cancel := context.WithTimeout(s.work, requestTimeout)
+		defer cancel()
+		answer := w.(*response)
+		defer func() {
+			if v := recover(); v != nil {
+				answer.err = fmt.Errorf("panic: %v\n%s", v, debug.Stack())
+			}
+			if answer.err != nil && answer.status == 0 {
+				writeError(w, answer.err)
+			}
+		}()
+		answer.err = e(ctx, w, r)
+	}
+}
+
+// forUser makes an endpoint of one that serves the verified user of the path.
+func (s *server) forUser(e func(ctx context.Context, w http.ResponseWriter, r *http.Request, k taskKey) error) endpoint {
+	return func(ctx context.Context, w http.ResponseWriter, r *http.Request) error {
+		user, err := s.auth.user(r)
+		if err != nil {
+			return err
+		}
+		if r.PathValue("user_id") != user {
+			return errNotYours
+		}
+		k := taskKey{user: user}
+		if text := r.PathValue("id"); text != "" {
+			id, err := strconv.ParseUint(text, 10, 63)
+			if err != nil || id == 0 {
+				return errNoTask
+			}
+			k.id = int64(id)
+		}
+		return e(ctx, w, r, k)
+	}
+}
+
+// noRoute refuses what no route takes. The mux by itself would do so in plain text.
+func (s *server) noRoute(_ context.Context, w http.ResponseWriter, r *http.Request) error {
+	var allow []string
+	for _, method := range methods {
+		if _, pattern := s.mux.Handler(&http.Request{Method: method, URL: r.URL}); pattern != "/" {
+			allow = append(allow, method)
+			r.Pattern = pattern // for the log
+		}
+	}
+	if allow == nil {
+		return errNoPath
+	}
+	w.Header().Set("Allow", strings.Join(allow, ", "))
+	return errMethod
+}
 
 // A refusal is an error with a text for the client. Whatever wraps it is for the log.
 type refusal struct {
