@@ -15,7 +15,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"maps"
 	"mime"
 	"net"
 	"net/http"
@@ -595,42 +594,37 @@ func (s *server) observe(of series, took time.Duration) {
 
 // metrics answers in Prometheus' text format, from what the process knows by itself.
 func (s *server) metrics(w http.ResponseWriter, _ *http.Request) {
+	text := bytes.NewBufferString("# HELP todo_http_requests_total Requests answered.\n# TYPE todo_http_requests_total counter\n")
+	seconds := bytes.NewBufferString("# HELP todo_http_request_seconds_total Time from a request to its answer.\n# TYPE todo_http_request_seconds_total counter\n")
 	s.mu.Lock()
-	counts := maps.Clone(s.counts)
-	s.mu.Unlock()
-	var requests, seconds strings.Builder
-	for of, c := range counts {
+	for of, c := range s.counts {
 		labels := fmt.Sprintf("{route=%q,method=%q,status=\"%d\"}", of.route, of.method, of.status)
-		fmt.Fprintf(&requests, "todo_http_requests_total%s %d\n", labels, c.requests)
-		fmt.Fprintf(&seconds, "todo_http_request_seconds_total%s %g\n", labels, c.took.Seconds())
+		fmt.Fprintf(text, "todo_http_requests_total%s %d\n", labels, c.requests)
+		fmt.Fprintf(seconds, "todo_http_request_seconds_total%s %g\n", labels, c.took.Seconds())
 	}
-	var text bytes.Buffer
-	family := func(name, typ, help, samples string) {
-		fmt.Fprintf(&text, "# HELP %s %s\n# TYPE %s %s\n%s", name, help, name, typ, samples)
-	}
-	gauge := func(name, help string, value float64) {
-		family(name, "gauge", help, fmt.Sprintf("%s %g\n", name, value))
-	}
-	counter := func(name, help string, value float64) {
-		family(name, "counter", help, fmt.Sprintf("%s %g\n", name, value))
-	}
-
-	family("todo_http_requests_total", "counter", "Requests answered.", requests.String())
-	family("todo_http_request_seconds_total", "counter", "Time from a request to its answer.", seconds.String())
+	s.mu.Unlock()
+	seconds.WriteTo(text)
 	pool := s.db.pool.Stat()
-	gauge("todo_db_connections_acquired", "Database connections in use.", float64(pool.AcquiredConns()))
-	gauge("todo_db_connections_idle", "Database connections that are free.", float64(pool.IdleConns()))
-	gauge("todo_db_connections_open", "Database connections in all, those that are being opened too.", float64(pool.TotalConns()))
-	gauge("todo_db_connections_max", "Database connections there may be.", float64(pool.MaxConns()))
-	counter("todo_db_connections_new_total", "Database connections begun.", float64(pool.NewConnsCount()))
-	counter("todo_db_acquires_total", "Statements that got a connection.", float64(pool.AcquireCount()))
-	counter("todo_db_acquire_waits_total", "Statements that waited for one, to be free or opened.", float64(pool.EmptyAcquireCount()))
-	counter("todo_db_acquire_wait_seconds_total", "Time they waited.", pool.EmptyAcquireWaitTime().Seconds())
-	counter("todo_db_acquires_canceled_total", "Waits that were in vain.", float64(pool.CanceledAcquireCount()))
 	var memory runtime.MemStats
 	runtime.ReadMemStats(&memory)
-	gauge("todo_goroutines", "Goroutines.", float64(runtime.NumGoroutine()))
-	gauge("todo_heap_bytes", "Memory that live and dead objects take.", float64(memory.HeapAlloc))
-	gauge("todo_memory_bytes", "Memory the Go runtime holds.", float64(memory.Sys-memory.HeapReleased))
+	for _, m := range []struct {
+		name, kind, help string
+		value            float64
+	}{
+		{"todo_db_connections_acquired", "gauge", "Database connections in use.", float64(pool.AcquiredConns())},
+		{"todo_db_connections_idle", "gauge", "Database connections that are free.", float64(pool.IdleConns())},
+		{"todo_db_connections_open", "gauge", "Database connections in all, those that are being opened too.", float64(pool.TotalConns())},
+		{"todo_db_connections_max", "gauge", "Database connections there may be.", float64(pool.MaxConns())},
+		{"todo_db_connections_new_total", "counter", "Database connections begun.", float64(pool.NewConnsCount())},
+		{"todo_db_acquires_total", "counter", "Statements that got a connection.", float64(pool.AcquireCount())},
+		{"todo_db_acquire_waits_total", "counter", "Statements that waited for one, to be free or opened.", float64(pool.EmptyAcquireCount())},
+		{"todo_db_acquire_wait_seconds_total", "counter", "Time they waited.", pool.EmptyAcquireWaitTime().Seconds()},
+		{"todo_db_acquires_canceled_total", "counter", "Waits that were in vain.", float64(pool.CanceledAcquireCount())},
+		{"todo_goroutines", "gauge", "Goroutines.", float64(runtime.NumGoroutine())},
+		{"todo_heap_bytes", "gauge", "Memory that live and dead objects take.", float64(memory.HeapAlloc)},
+		{"todo_memory_bytes", "gauge", "Memory the Go runtime holds.", float64(memory.Sys - memory.HeapReleased)},
+	} {
+		fmt.Fprintf(text, "# HELP %s %s\n# TYPE %s %s\n%s %g\n", m.name, m.help, m.name, m.kind, m.name, m.value)
+	}
 	write(w, http.StatusOK, "text/plain; version=0.0.4; charset=utf-8", text.Bytes())
 }
