@@ -20,8 +20,8 @@ const (
 	clockLeeway   = 30 * time.Second // between the front end's clock and ours
 	tokenLifetime = time.Hour        // of the tokens that `todo-app token` makes
 	year10000     = 253402300800     // seconds since 1970
-	maxKnown      = 1000             // tokens that are remembered, and
-	maxKnownSize  = 1000             // bytes of such a token
+	maxKnown      = 1000             // tokens that are remembered
+	maxKnownSize  = 1000             // bytes; a longer token is not
 )
 
 // An authenticator verifies the HS256 tokens (RFC 7519) that the front end
@@ -103,8 +103,8 @@ func (a *authenticator) addKey(secret string) error {
 }
 
 // user returns the verified user of a request: errNoToken without a bearer
-// token in its one Authorization header, errBadToken with one that will not do.
-// A cookie or a query string is never looked at.
+// token in its Authorization header, errBadToken with one that will not do or
+// more than one such header. A cookie or a query string is never looked at.
 func (a *authenticator) user(r *http.Request) (string, error) {
 	headers := r.Header["Authorization"]
 	if len(headers) > 1 {

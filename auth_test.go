@@ -761,7 +761,7 @@ func FuzzVerify(f *testing.F) {
 	})
 }
 
-// A token's verdict is remembered, but not past the token's time, and not of any number of tokens.
+// The claims of a good token are remembered, but not past its time, and not of any number of tokens.
 func TestKnownTokens(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, err := newAuthenticator(testSecret, "", "", "")

@@ -25,7 +25,8 @@ const (
 	poolPatience     = 5 * time.Second  // for one of them to be free: overload is answered soon
 	dialTimeout      = 2 * time.Second  // for TCP alone, which Neon's proxy accepts even while the compute sleeps
 	connectTimeout   = 10 * time.Second // for each address; a sleeping compute is awake in less
-	pingTimeout      = time.Second      // for a connection that idled over 1 s, before it is used
+	idleBeforePing   = time.Second      // a connection that idled as long is pinged before it is used
+	pingTimeout      = time.Second      // for that ping
 	hangUpTimeout    = time.Second      // for the other side to take note of a connection's end
 	statementTimeout = 30 * time.Second // on the server; the last line behind the request's own deadline
 	schemaPatience   = 30 * time.Second // for the database to come up, at start
@@ -41,7 +42,7 @@ func poolConfig(databaseURL string) (*pgxpool.Config, error) {
 	if databaseURL == "" {
 		return nil, errors.New("DATABASE_URL is not set: it takes a postgres:// connection string, as the Neon console shows it")
 	}
-	// pgx would guess where a password with these characters ends, and its errors show the rest.
+	// In a password with @, / or ? pgx would guess where it ends, and its errors show the rest.
 	wellFormed := regexp.MustCompile(`^postgres(ql)?://([^@/?\s]*@)?[^@/?\s]+(/[^@/?\s]*)?(\?[^@\s]*)?$`)
 	if !wellFormed.MatchString(databaseURL) {
 		return nil, errors.New("DATABASE_URL must be like postgresql://user:password@host/database?sslmode=require, with any @, / or ? in the password percent-encoded")
@@ -68,8 +69,9 @@ func poolConfig(databaseURL string) (*pgxpool.Config, error) {
 		if err != nil {
 			return nil, err
 		}
+		// A new session has connectTimeout at most: with more, this is pgx's request to cancel a statement.
 		if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) > connectTimeout {
-			c.SetDeadline(time.Now().Add(hangUpTimeout)) // no session has as long to begin: pgx asks for a statement's end
+			c.SetDeadline(time.Now().Add(hangUpTimeout))
 		}
 		return hastyConn{c}, nil
 	}
@@ -102,9 +104,9 @@ func secure(conn *pgx.ConnConfig) error {
 	return nil
 }
 
-// A hastyConn does not wait long for its peer to hang up. pgx grants 15 s to
-// that, and before to asking for the statement's end on a connection of its own
-// (asyncClose), in which one that has gone silent keeps its place in the pool.
+// A hastyConn does not wait long for its peer to hang up. Where pgx gives up a
+// connection (asyncClose), it grants 15 s to a cancel request, on a connection of
+// its own, and to that: so long would one gone silent keep its place in the pool.
 type hastyConn struct{ net.Conn }
 
 func (c hastyConn) SetDeadline(t time.Time) error {
@@ -146,12 +148,12 @@ func newDatabase(config *pgxpool.Config) (*database, error) {
 	return d, err
 }
 
-// isDead pings a connection that idled for a second. To a yes pgxpool pings it
-// once more, in vain, and takes another. What ended one has ended the rest: the
-// pool closes those that idle, or a request could spend a second on each, and
-// those in use when they come back.
+// isDead pings a connection that idled. To a yes pgxpool pings it once more, in
+// vain, and takes another. What ended one has ended the rest: the pool closes
+// those that idle, lest a request spend a second on each, and those in use when
+// they come back.
 func (d *database) isDead(ctx context.Context, p pgxpool.ShouldPingParams) bool {
-	if p.IdleDuration < time.Second {
+	if p.IdleDuration < idleBeforePing {
 		return false
 	}
 	patience, cancel := context.WithTimeout(ctx, pingTimeout)
@@ -220,7 +222,8 @@ func (d *database) migrate(ctx context.Context) error {
 
 // query runs one statement, in one round trip, and returns its rows. Its error
 // is errUnavailable where the database was not reached, had no capacity, gave up
-// or did not answer, so that the statement may have run; or else its own fault.
+// or did not answer; then the statement may have run. Any other is a fault of the
+// statement itself.
 //
 // A repeatable statement is sent once more when the connection is lost. Which
 // errors mean "lost" is not read from their kind: pgconn.SafeToRetry says yes

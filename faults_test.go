@@ -419,7 +419,7 @@ func TestNothingIsLost(t *testing.T) {
 		name  string
 		reads bool // succeed nevertheless
 		leave bool // clients do, about half the time
-		// Each of the 15 places may try to connect eight times a second, first sooner, then later; and each loss renews all.
+		// Each of the 15 places tries to connect two to four times a second, more often at first; and each loss renews all.
 		leastDials, mostDials int64
 		fault                 func(t *testing.T, r *relay, tick int)
 	}{

@@ -51,7 +51,7 @@ const (
 
 	// Cloud Run kills 10 s after SIGTERM. Reckoned from the signal:
 	cancelWork = 7 * time.Second         // database work still running is cancelled
-	closeConns = 8 * time.Second         // connections that still wait for a body are cut
+	closeConns = 8 * time.Second         // connections that still have a request are cut
 	leave      = 8500 * time.Millisecond // whether or not the pool has closed
 )
 
@@ -181,9 +181,9 @@ func (s *server) routes() map[string]endpoint {
 	}
 }
 
-// serve runs the service until ctx is done or a signal comes. It listens before
-// the database answers, so that a cold one does not fail a deploy: requests
-// wait for it within their deadline.
+// serve runs the service until ctx is done, a signal comes or it fails. It
+// listens before the database answers, so that a cold one does not fail a
+// deploy: requests wait for it within their deadline.
 func (s *server) serve(ctx context.Context, port, metricsPort string) error {
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
@@ -388,7 +388,7 @@ func (s *server) handle(e endpoint) http.HandlerFunc {
 }
 
 // forUser makes an endpoint of one that serves the verified user of the path.
-func (s *server) forUser(e func(ctx context.Context, w http.ResponseWriter, r *http.Request, k taskKey) error) endpoint {
+func (s *server) forUser(e func(ctx context.Context, w http.ResponseWriter, r *http.Request, at target) error) endpoint {
 	return func(ctx context.Context, w http.ResponseWriter, r *http.Request) error {
 		user, err := s.auth.user(r)
 		if err != nil {
@@ -397,17 +397,20 @@ func (s *server) forUser(e func(ctx context.Context, w http.ResponseWriter, r *h
 		if r.PathValue("user_id") != user {
 			return errNotYours
 		}
-		k := taskKey{user: user}
+		at := target{user: user}
 		if text := r.PathValue("id"); text != "" {
 			id, err := strconv.ParseUint(text, 10, 63)
 			if err != nil || id == 0 {
 				return errNoTask
 			}
-			k.id = int64(id)
+			at.id = int64(id)
 		}
-		return e(ctx, w, r, k)
+		return e(ctx, w, r, at)
 	}
 }
+
+// methods are those that the Allow header and the metrics know.
+var methods = []string{"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"}
 
 // noRoute refuses what no route takes. The mux by itself would do so in plain text.
 func (s *server) noRoute(_ context.Context, w http.ResponseWriter, r *http.Request) error {
@@ -450,7 +453,7 @@ var (
 	errKeyReused = refusal{422, "This Idempotency-Key was used for another task: send a new key with a new body."}
 
 	errInternal    = refusal{500, "Something went wrong on our side: report it with the X-Request-Id of this answer."}
-	errUnavailable = refusal{503, "The database cannot be reached, is waking up or did not answer in time: try again in a moment. A change may have been made or not: it is safe to repeat with the same Idempotency-Key or If-Match."}
+	errUnavailable = refusal{503, "The database cannot be reached, is waking up or did not answer in time: try again in a moment; a change may have been made or not, and is safe to repeat with the same Idempotency-Key or If-Match."}
 )
 
 // invalid refuses a value, named together with its rule.
@@ -578,8 +581,6 @@ type sums struct {
 	requests int
 	took     time.Duration
 }
-
-var methods = []string{"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"}
 
 // observe counts a request for the metrics.
 func (s *server) observe(of series, took time.Duration) {

@@ -195,7 +195,7 @@ func TestOpenAPIHasEveryRoute(t *testing.T) {
 }
 
 // The document's examples of refusals are the service's own words, and all of them, under their
-// statuses; a status is declared wherever the adapter or the handlers can give it.
+// statuses; a status is declared wherever forUser, readObject or a handler can give it.
 func TestOpenAPIExamplesAreTrue(t *testing.T) {
 	t.Parallel()
 	missing := map[string]string{}

@@ -27,9 +27,9 @@ const (
 	maxKey         = 255 // bytes of an Idempotency-Key
 )
 
-// A taskKey is the primary key of a task: whose it is, and the id in the path,
-// 0 where the path is that of all the user's tasks.
-type taskKey struct {
+// A target is what the path of a request names: the user, and one of the user's
+// tasks, or 0 for them all. Together they are the primary key.
+type target struct {
 	user string // verified
 	id   int64
 }
@@ -180,7 +180,7 @@ func parseCompleted(members map[string]json.RawMessage) (completed *bool, err er
 	return completed, err
 }
 
-func (s *server) createTask(ctx context.Context, w http.ResponseWriter, r *http.Request, k taskKey) error {
+func (s *server) createTask(ctx context.Context, w http.ResponseWriter, r *http.Request, at target) error {
 	c, err := readChange(ctx, w, r)
 	if err != nil {
 		return err
@@ -192,7 +192,7 @@ func (s *server) createTask(ctx context.Context, w http.ResponseWriter, r *http.
 	if err != nil {
 		return err
 	}
-	t, replayed, err := s.db.insert(ctx, k.user, c, key)
+	t, replayed, err := s.db.insert(ctx, at.user, c, key)
 	if err != nil {
 		return err
 	}
@@ -257,16 +257,18 @@ func (d *database) insert(ctx context.Context, user string, c change, key *strin
 type page struct {
 	completed             *bool
 	limit, offset, before int64 // before: tasks of smaller ids, the cursor
-	total                 *bool
+	total                 bool
 }
 
 func parsePage(q url.Values) (p page, err error) {
 	var errs [5]error
+	var total *bool
 	p.completed, errs[0] = boolean(q, "completed")
 	p.limit, errs[1] = number(q, "limit", 1, maxLimit, defaultLimit)
 	p.offset, errs[2] = number(q, "offset", 0, math.MaxInt64, 0)
 	p.before, errs[3] = number(q, "before", 1, math.MaxInt64, math.MaxInt64)
-	p.total, errs[4] = boolean(q, "total")
+	total, errs[4] = boolean(q, "total")
+	p.total = total != nil && *total
 	err = cmp.Or(errs[:]...)
 	if err == nil && q.Has("before") && q.Has("offset") {
 		err = invalid("before and offset exclude each other: a page begins at one of them")
@@ -295,7 +297,7 @@ func boolean(q url.Values, name string) (*bool, error) {
 	return new(q.Get(name) == "true"), nil
 }
 
-func (s *server) listTasks(ctx context.Context, w http.ResponseWriter, r *http.Request, k taskKey) error {
+func (s *server) listTasks(ctx context.Context, w http.ResponseWriter, r *http.Request, at target) error {
 	q, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
 		return invalid("the query string is malformed: percent-encode what is not a letter or a digit")
@@ -304,12 +306,12 @@ func (s *server) listTasks(ctx context.Context, w http.ResponseWriter, r *http.R
 	if err != nil {
 		return err
 	}
-	tasks, err := s.db.list(ctx, k.user, p)
+	tasks, err := s.db.list(ctx, at.user, p)
 	if err != nil {
 		return err
 	}
-	if p.total != nil && *p.total {
-		total, err := s.db.count(ctx, k.user, p.completed)
+	if p.total {
+		total, err := s.db.count(ctx, at.user, p.completed)
 		if err != nil {
 			return err
 		}
@@ -356,8 +358,8 @@ func (d *database) count(ctx context.Context, user string, completed *bool) (int
 		WHERE user_id = $1 AND ($2::boolean IS NULL OR completed = $2)`, user, completed))
 }
 
-func (s *server) getTask(ctx context.Context, w http.ResponseWriter, r *http.Request, k taskKey) error {
-	t, err := s.db.get(ctx, k)
+func (s *server) getTask(ctx context.Context, w http.ResponseWriter, r *http.Request, at target) error {
+	t, err := s.db.get(ctx, at)
 	if err != nil {
 		return err
 	}
@@ -369,19 +371,19 @@ func (s *server) getTask(ctx context.Context, w http.ResponseWriter, r *http.Req
 	return writeTask(w, http.StatusOK, t)
 }
 
-func (d *database) get(ctx context.Context, k taskKey) (task, error) {
+func (d *database) get(ctx context.Context, at target) (task, error) {
 	return one(query(ctx, d, true, scanTask, `
 		SELECT `+columns+`
 		FROM tasks
-		WHERE user_id = $1 AND id = $2`, k.user, k.id))
+		WHERE user_id = $1 AND id = $2`, at.user, at.id))
 }
 
-func (s *server) updateTask(ctx context.Context, w http.ResponseWriter, r *http.Request, k taskKey) error {
+func (s *server) updateTask(ctx context.Context, w http.ResponseWriter, r *http.Request, at target) error {
 	c, err := readChange(ctx, w, r)
 	if err != nil {
 		return err
 	}
-	t, err := s.db.update(ctx, k, ifMatch(r), c)
+	t, err := s.db.update(ctx, at, ifMatch(r), c)
 	if err != nil {
 		return err
 	}
@@ -390,7 +392,7 @@ func (s *server) updateTask(ctx context.Context, w http.ResponseWriter, r *http.
 
 // completeTask sets completed as the body says, or turns it over where the
 // body is empty or does not say.
-func (s *server) completeTask(ctx context.Context, w http.ResponseWriter, r *http.Request, k taskKey) error {
+func (s *server) completeTask(ctx context.Context, w http.ResponseWriter, r *http.Request, at target) error {
 	members, err := readObject(ctx, w, r)
 	if err != nil {
 		return err
@@ -399,7 +401,7 @@ func (s *server) completeTask(ctx context.Context, w http.ResponseWriter, r *htt
 	if err != nil {
 		return err
 	}
-	t, err := s.db.update(ctx, k, ifMatch(r), change{completed: completed, toggle: completed == nil})
+	t, err := s.db.update(ctx, at, ifMatch(r), change{completed: completed, toggle: completed == nil})
 	if err != nil {
 		return err
 	}
@@ -409,8 +411,8 @@ func (s *server) completeTask(ctx context.Context, w http.ResponseWriter, r *htt
 // update makes the change in the statement itself, so that none of several at
 // once is lost, and moves updated_at on even where the clock has not moved or
 // goes back.
-func (d *database) update(ctx context.Context, k taskKey, match []string, c change) (task, error) {
-	return d.apply(ctx, k, match, `
+func (d *database) update(ctx context.Context, at target, match []string, c change) (task, error) {
+	return d.apply(ctx, at, match, `
 		UPDATE tasks
 		SET title = COALESCE(@title, title),
 		    description = CASE WHEN @describe::boolean THEN @description ELSE description END,
@@ -420,29 +422,29 @@ func (d *database) update(ctx context.Context, k taskKey, match []string, c chan
 			"completed": c.completed, "toggle": c.toggle})
 }
 
-func (s *server) deleteTask(ctx context.Context, w http.ResponseWriter, r *http.Request, k taskKey) error {
-	if err := s.db.delete(ctx, k, ifMatch(r)); err != nil {
+func (s *server) deleteTask(ctx context.Context, w http.ResponseWriter, r *http.Request, at target) error {
+	if err := s.db.delete(ctx, at, ifMatch(r)); err != nil {
 		return err
 	}
 	w.WriteHeader(http.StatusNoContent)
 	return nil
 }
 
-func (d *database) delete(ctx context.Context, k taskKey, match []string) error {
-	_, err := d.apply(ctx, k, match, `DELETE FROM tasks`, pgx.StrictNamedArgs{})
+func (d *database) delete(ctx context.Context, at target, match []string) error {
+	_, err := d.apply(ctx, at, match, `DELETE FROM tasks`, pgx.StrictNamedArgs{})
 	return err
 }
 
 // apply runs an UPDATE or DELETE of a task if its tag is one of match, nil for
 // any, and returns the task; errChanged if it has another.
-func (d *database) apply(ctx context.Context, k taskKey, match []string, statement string, args pgx.StrictNamedArgs) (task, error) {
-	args["user"], args["id"], args["match"] = k.user, k.id, match
+func (d *database) apply(ctx context.Context, at target, match []string, statement string, args pgx.StrictNamedArgs) (task, error) {
+	args["user"], args["id"], args["match"] = at.user, at.id, match
 	t, err := one(query(ctx, d, false, scanTask, statement+`
 		WHERE user_id = @user AND id = @id
 		  AND (@match::text[] IS NULL OR '"' || (extract(epoch FROM updated_at) * 1000000)::bigint || '"' = ANY (@match))
 		RETURNING `+columns, args))
 	if errors.Is(err, errNoTask) && match != nil {
-		if _, err = d.get(ctx, k); err == nil {
+		if _, err = d.get(ctx, at); err == nil {
 			err = errChanged
 		}
 	}
