@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	_ "embed"
@@ -241,19 +242,19 @@ func query[T any](ctx context.Context, d *database, repeatable bool, scan pgx.Ro
 			return nil, fmt.Errorf("%w: %w", errUnavailable, err)
 		}
 		found, lost, err := once(ctx, conn, scan, sql, args...)
+		if err == nil {
+			return found, nil
+		}
 		if lost && ctx.Err() == nil {
 			d.pool.Reset() // a restart ends the other connections too, one by one
+			if repeatable && attempt == 1 {
+				continue
+			}
 		}
-		switch {
-		case err == nil:
-			return found, nil
-		case lost && repeatable && attempt == 1:
-			continue
-		case lost, transient(err), ctx.Err() != nil:
+		if lost || transient(err) || ctx.Err() != nil {
 			return nil, fmt.Errorf("%w: %w", errUnavailable, err)
-		default:
-			return nil, err
 		}
+		return nil, err
 	}
 }
 
@@ -272,11 +273,11 @@ func once[T any](ctx context.Context, conn *pgxpool.Conn, scan pgx.RowToFunc[T],
 // ctx is done, for nothing has been sent yet, and Neon may be waking up. Where
 // the database is there, the wait for one of its connections is shorter.
 func (d *database) acquire(ctx context.Context) (*pgxpool.Conn, error) {
-	ctx, giveUp := context.WithCancel(ctx)
-	defer giveUp()
+	ctx, giveUp := context.WithCancelCause(ctx)
+	defer giveUp(nil)
 	defer time.AfterFunc(poolPatience, func() {
-		if d.pool.Stat().AcquiredConns() > 0 { // overload
-			giveUp()
+		if d.pool.Stat().AcquiredConns() > 0 {
+			giveUp(fmt.Errorf("all were busy for %v", poolPatience))
 		}
 	}).Stop()
 	var failure error
@@ -289,7 +290,7 @@ func (d *database) acquire(ctx context.Context) (*pgxpool.Conn, error) {
 		case !refused && failure != nil:
 			return nil, failure
 		case !refused:
-			return nil, fmt.Errorf("wait for a connection: %w", err)
+			return nil, fmt.Errorf("wait for a connection: %w", cmp.Or(context.Cause(ctx), err))
 		case strings.Contains(err.Error(), "unsupported startup parameter") && !d.pooler.Swap(true):
 			continue // a pooler without -pooler in its name
 		}

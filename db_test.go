@@ -589,6 +589,8 @@ func TestDeadlineEndsTheStatement(t *testing.T) {
 		eventually(t, "statement that is blocked", func() bool { return running() == 1 || ctx.Err() != nil })
 		if err := <-failed; !errors.Is(err, errUnavailable) || ctx.Err() == nil {
 			t.Errorf("query(%q) = %v, want %v at the deadline", row.sql, err, errUnavailable)
+		} else if strings.Contains(err.Error(), "wait for a connection") {
+			t.Errorf("query(%q) = %v, but it had a connection", row.sql, err)
 		}
 		eventually(t, "end of the statement on the server", func() bool { return running() == 0 })
 	}
@@ -757,6 +759,9 @@ func TestErrorsBeforeAStatement(t *testing.T) {
 	defer conn.Release()
 	if err := write(100 * time.Millisecond); !errors.Is(err, errUnavailable) {
 		t.Errorf("all connections busy: %v, want %v", err, errUnavailable)
+	}
+	if err := write(15 * time.Second); !errors.Is(err, errUnavailable) || !strings.Contains(err.Error(), "busy for 5s") {
+		t.Errorf("all connections busy: %v, want %v, and the log to say so", err, errUnavailable)
 	}
 }
 

@@ -5,11 +5,8 @@ import (
 	"crypto/rand"
 	"encoding/json"
 	"fmt"
-	"log/slog"
 	"math"
-	"net/http/httptest"
 	"net/url"
-	"os"
 	"reflect"
 	"regexp"
 	"slices"
@@ -18,6 +15,7 @@ import (
 	"testing"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 )
 
 // fill gives the client's user n tasks, of which each third is completed, and returns their ids, the newest first.
@@ -259,34 +257,9 @@ func explain(t testing.TB, d *database, asked pgx.TraceQueryStartData) plan {
 // completed, but half of those of the user "many", and the ten oldest of a thousand of the user "hardly any".
 func TestListsReadOneIndex(t *testing.T) {
 	t.Parallel()
-	name := "test_" + strings.ToLower(rand.Text())
-	if _, err := sharedDB.pool.Exec(t.Context(), `CREATE DATABASE `+name); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if _, err := sharedDB.pool.Exec(context.Background(), `DROP DATABASE `+name+` WITH (FORCE)`); err != nil {
-			t.Errorf("remove the database: %v", err)
-		}
-	})
-	address, err := url.Parse(os.Getenv("DATABASE_URL"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	address.Path = "/" + name
-	config, err := poolConfig(address.String())
-	if err != nil {
-		t.Fatal(err)
-	}
 	var tracer statementTracer
-	config.ConnConfig.Tracer = &tracer
-	db, err := newDatabase(config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(db.pool.Close)
-	if err := db.prepare(t.Context(), slog.New(slog.DiscardHandler)); err != nil {
-		t.Fatal(err)
-	}
+	db := open(t, ownDatabase(t), func(config *pgxpool.Config) { config.ConnConfig.Tracer = &tracer })
+	prepare(t, db)
 	for _, sql := range []string{`
 		INSERT INTO tasks (user_id, title, completed)
 		SELECT CASE WHEN i % 60 = 0 THEN 'hardly any' WHEN i % 20 = 1 THEN 'many' ELSE 'user ' || i % 1009 END, 'task ' || i,
@@ -294,22 +267,16 @@ func TestListsReadOneIndex(t *testing.T) {
 		FROM generate_series(1, 60000) AS i`,
 		`VACUUM ANALYZE tasks`, // as autovacuum does
 	} {
-		if _, err := db.pool.Exec(t.Context(), sql); err != nil {
-			t.Fatal(err)
-		}
+		sqlExec(t, db.pool, sql)
 	}
-	var oldest int64
-	if err := db.pool.QueryRow(t.Context(), `SELECT min(id) FROM tasks`).Scan(&oldest); err != nil {
-		t.Fatal(err)
-	}
-	service := httptest.NewServer(newServer(sharedAuth, db, slog.New(slog.DiscardHandler), nil, ""))
-	t.Cleanup(service.Close)
+	oldest := sqlValue[int64](t, db.pool, `SELECT min(id) FROM tasks`)
+	service := newService(t, db)
 
 	// explained lists over HTTP and returns the plans of the very statements, with their arguments, that this came to.
 	explained := func(user, query string) (plans []plan) {
 		t.Helper()
 		tracer.asked = nil
-		if a := newClientOf(t, service.URL, user).do("GET", query, ""); a.status != 200 {
+		if a := newClientOf(t, service, user).do("GET", query, ""); a.status != 200 {
 			t.Fatalf("list %s = %d %s, want 200", query, a.status, a.body)
 		}
 		for _, asked := range tracer.asked {

@@ -363,12 +363,13 @@ func (s *server) getTask(ctx context.Context, w http.ResponseWriter, r *http.Req
 	if err != nil {
 		return err
 	}
-	if ifNoneMatch(r, t.etag()) {
-		w.Header().Set("ETag", t.etag())
+	etag := t.etag()
+	w.Header().Set("ETag", etag)
+	if ifNoneMatch(r, etag) {
 		w.WriteHeader(http.StatusNotModified)
 		return nil
 	}
-	return writeTask(w, http.StatusOK, t)
+	return writeJSON(w, http.StatusOK, t)
 }
 
 func (d *database) get(ctx context.Context, at target) (task, error) {
