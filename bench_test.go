@@ -68,13 +68,15 @@ func (c call) serve(h http.Handler) time.Duration {
 }
 
 // openService is the service with its log, over databaseURL.
-func openService(databaseURL string, tracer pgx.QueryTracer) (*server, error) {
-	config, err := poolConfig(databaseURL)
+func openService(databaseURL string, tracer *statementTracer) (*server, error) {
+	config, _, err := poolConfig(databaseURL)
 	if err != nil {
 		return nil, err
 	}
-	config.ConnConfig.Tracer = tracer
-	d, err := newDatabase(config)
+	if tracer != nil {
+		config.ConnConfig.Tracer = tracer
+	}
+	d, err := newTracedDatabase(config)
 	if err != nil {
 		return nil, err
 	}
@@ -101,7 +103,7 @@ func bare(databaseURL string, c call) (http.Handler, *pgxpool.Pool, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	config, err := poolConfig(databaseURL)
+	config, _, err := poolConfig(databaseURL)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -323,7 +325,7 @@ func BenchmarkDistance(b *testing.B) {
 	for _, roundTrip := range []time.Duration{5 * time.Millisecond, 20 * time.Millisecond, 100 * time.Millisecond} {
 		b.Run(roundTrip.String(), func(b *testing.B) {
 			d, r := openOver(b)
-			connect(b, d, maxConns)
+			connect(b, d, defaultMaxConns)
 			c := newClientOf(b, newService(b, d), "test-"+rand.Text())
 			c.http = keepingConnections(b)
 			c.create("Milk")

@@ -3,16 +3,18 @@ package main
 import (
 	"cmp"
 	"context"
-	"crypto/sha256"
 	_ "embed"
 	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
 	"net"
+	"net/url"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -22,81 +24,131 @@ import (
 )
 
 const (
-	maxConns         = 15               // Neon's smallest compute takes 97 clients: six instances
-	poolPatience     = 5 * time.Second  // for one of them to be free: overload is answered soon
-	dialTimeout      = 2 * time.Second  // for TCP alone, which Neon's proxy accepts even while the compute sleeps
-	connectTimeout   = 10 * time.Second // for each address; a sleeping compute is awake in less
-	idleBeforePing   = time.Second      // a connection that idled as long is pinged before it is used
+	defaultMaxConns = 15  // Neon's smallest compute accepts 97 clients: six instances
+	limitMaxConns   = 100 // of pool_max_conns
+
+	acquireTimeout   = 10 * time.Second // for a connection of a pool whose connections are all busy
+	dialTimeout      = 2 * time.Second  // for TCP alone; Neon's proxy accepts it while the compute is suspended
+	connectTimeout   = 10 * time.Second // for each address: TCP, TLS and authentication
+	idleBeforePing   = time.Second      // a connection that was idle for longer is pinged before use
 	pingTimeout      = time.Second      // for that ping
-	hangUpTimeout    = time.Second      // for the other side to take note of a connection's end
-	statementTimeout = 30 * time.Second // on the server; the last line behind the request's own deadline
-	schemaPatience   = 30 * time.Second // for the database to come up, at start
-	schemaLock       = 7_236_045        // advisory lock that instances starting together queue for
+	closeTimeout     = time.Second      // for an unresponsive server to close a connection
+	statementTimeout = 30 * time.Second // on the server; the request's deadline comes first
+	slowStatement    = time.Second      // a statement that takes longer is logged at WARNING
+
+	outageAfter    = 15 * time.Second // of failed attempts to connect; from then on it is a long outage
+	outageWait     = 3 * time.Second  // in a long outage, from the start of a request to its 503
+	outageInterval = time.Second      // in a long outage, between attempts to connect
+	outageForget   = 5 * time.Minute  // without attempts; the failures before say nothing about now
 )
 
-//go:embed schema.sql
-var schema string
-
-// poolConfig reads a Neon connection string, pooled or direct, into a pool
-// configuration. Its errors name DATABASE_URL and show no part of it.
-func poolConfig(databaseURL string) (*pgxpool.Config, error) {
+// poolConfig reads DATABASE_URL, a Neon connection string, pooled or direct. The string may be
+// shared with other programs: ignored tells in words which parameters this service does not use,
+// "" for none. No error contains any part of the string.
+func poolConfig(databaseURL string) (config *pgxpool.Config, ignored string, err error) {
+	databaseURL = strings.TrimSpace(databaseURL)
 	if databaseURL == "" {
-		return nil, errors.New("DATABASE_URL is not set: it takes a postgres:// connection string, as the Neon console shows it")
+		return nil, "", errors.New("DATABASE_URL is not set: " +
+			"set it to the postgres:// connection string that the Neon console shows")
 	}
-	// In a password with @, / or ? pgx would guess where it ends, and its errors show the rest.
+	if strings.ContainsAny(databaseURL[:1]+databaseURL[len(databaseURL)-1:], "\"'`") {
+		return nil, "", errors.New("DATABASE_URL begins or ends with a quotation mark: remove the quotes")
+	}
+	malformed := errors.New("DATABASE_URL must be like postgresql://user:password@host/database?sslmode=require, " +
+		"with any @, /, ?, % or space in the password percent-encoded")
+	// A password that is not percent-encoded could end up in the host or the database name, which
+	// later errors contain.
 	wellFormed := regexp.MustCompile(`^postgres(ql)?://([^@/?\s]*@)?[^@/?\s]+(/[^@/?\s]*)?(\?[^@\s]*)?$`)
 	if !wellFormed.MatchString(databaseURL) {
-		return nil, errors.New("DATABASE_URL must be like postgresql://user:password@host/database?sslmode=require, with any @, / or ? in the password percent-encoded")
+		return nil, "", malformed
+	}
+	base, query, _ := strings.Cut(databaseURL, "?")
+	params, maxConns, ignored, err := readParams(query)
+	if err != nil {
+		return nil, "", err
 	}
 	// Unless a later sslmode says otherwise: pgx's default is "prefer", which allows plaintext.
-	base, query, _ := strings.Cut(databaseURL, "?")
-	config, err := pgxpool.ParseConfig(strings.TrimSuffix(base+"?sslmode=require&"+query, "&"))
-	if err != nil {
-		text := err.Error() // "cannot parse `postgres://...`: reason"
-		return nil, errors.New("DATABASE_URL cannot be parsed: " + text[strings.LastIndex(text, "`: ")+len("`: "):])
+	params = append([]string{"sslmode=require"}, params...)
+	if config, err = pgxpool.ParseConfig(base + "?" + strings.Join(params, "&")); err != nil {
+		return nil, "", malformed // not pgx's reason, which may contain parts of the string
 	}
-	conn := config.ConnConfig
-	if err := secure(conn); err != nil {
-		return nil, err
+	if err := secure(config.ConnConfig); err != nil {
+		return nil, "", err
 	}
-	// Exec sends each statement in one round trip and leaves nothing on the
-	// server: the cached modes break behind a pooler after a schema change.
-	conn.DefaultQueryExecMode = pgx.QueryExecModeExec
-	conn.ConnectTimeout = connectTimeout
-	conn.RuntimeParams["application_name"] = "todo-app"
-	dialer := net.Dialer{Timeout: dialTimeout}
-	conn.DialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
-		c, err := dialer.DialContext(ctx, network, address)
-		if err != nil {
-			return nil, err
-		}
-		// A new session has connectTimeout at most: with more, this is pgx's request to cancel a statement.
-		if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) > connectTimeout {
-			c.SetDeadline(time.Now().Add(hangUpTimeout))
-		}
-		return hastyConn{c}, nil
-	}
-	// No connection is kept by force and none is renewed while idle: each new
-	// session would restart the five minutes after which Neon goes to sleep.
-	config.MaxConns, config.MinConns, config.MinIdleConns = maxConns, 0, 0
-	config.MaxConnLifetime, config.MaxConnLifetimeJitter = 5*time.Minute, 30*time.Second
-	config.MaxConnIdleTime, config.HealthCheckPeriod = 2*time.Minute, time.Minute
-	config.PingTimeout = pingTimeout
-	return config, nil
+	configure(config, maxConns)
+	return config, ignored, nil
 }
 
-// secure makes TLS compulsory but on this machine. On Neon the certificate is
-// checked even where the string, as Neon hands it out, says only "require":
-// that word alone makes pgx, like libpq, accept any certificate.
+// Parameters of connection strings, by what this service does with them.
+var (
+	// What pgx reads for the connection, and options, to which the service appends.
+	keptParams = strings.Fields(`host port database dbname user password passfile service servicefile
+		connect_timeout sslmode sslkey sslcert sslcertmode sslrootcert sslpassword sslsni sslnegotiation
+		channel_binding require_auth target_session_attrs krbspn krbsrvname min_protocol_version
+		max_protocol_version options`)
+	// What other programs read. Only these names are safe to log: any other may be a piece of a password.
+	foreignParams = strings.Fields(`application_name default_query_exec_mode statement_cache_capacity
+		description_cache_capacity pool_min_conns pool_min_idle_conns pool_max_conn_lifetime
+		pool_max_conn_lifetime_jitter pool_max_conn_idle_time pool_health_check_period pool_ping_timeout
+		uselibpqcompat ssl encoding binary keepAlive query_timeout connectionTimeoutMillis
+		idleTimeoutMillis max min pgbouncer connection_limit pool_timeout socket_timeout schema sslaccept
+		sslidentity statement_cache_size single_use_connections fallback_application_name client_encoding
+		gssencmode gsslib gssdelegation hostaddr keepalives keepalives_idle keepalives_interval
+		keepalives_count load_balance_hosts replication requiressl requirepeer requireauth
+		scram_client_key scram_server_key sslcompression sslcrl sslcrldir sslkeylogfile
+		ssl_min_protocol_version ssl_max_protocol_version tcp_user_timeout datestyle DateStyle
+		extra_float_digits idle_in_transaction_session_timeout intervalstyle jit lock_timeout role
+		search_path statement_timeout timezone TimeZone transaction_timeout work_mem`)
+)
+
+// readParams sorts the query of a connection string into the parameters that pgx gets, as they are
+// written, and the size of the pool. It drops those that PostgreSQL would reject or Neon's proxy
+// would drop, and names them in ignored.
+func readParams(query string) (kept []string, maxConns int32, ignored string, err error) {
+	maxConns = defaultMaxConns
+	var dropped []string
+	unknown := 0
+	for param := range strings.SplitSeq(query, "&") {
+		name, value, _ := strings.Cut(param, "=")
+		name, _ = url.PathUnescape(name)
+		switch {
+		case param == "":
+		case name == "pool_max_conns":
+			n, err := strconv.ParseUint(value, 10, 31)
+			if err != nil || n < 1 || n > limitMaxConns {
+				return nil, 0, "", fmt.Errorf("DATABASE_URL: pool_max_conns must be a number from 1 to %d", limitMaxConns)
+			}
+			maxConns = int32(n)
+		case slices.Contains(keptParams, name):
+			kept = append(kept, param)
+		case slices.Contains(foreignParams, name):
+			dropped = append(dropped, name)
+		default:
+			unknown++
+		}
+	}
+	if unknown > 0 {
+		dropped = append(dropped, fmt.Sprintf("%d unknown", unknown))
+	}
+	if dropped != nil {
+		ignored = "DATABASE_URL: parameters that this service does not use are ignored: " + strings.Join(dropped, ", ")
+	}
+	return kept, maxConns, ignored, nil
+}
+
+// secure requires TLS on any host but this one. On Neon it also verifies the certificate, although
+// the console's strings contain sslmode=require: that mode accepts any certificate, in libpq too.
 func secure(conn *pgx.ConnConfig) error {
 	hosts := append([]*pgconn.FallbackConfig{{Host: conn.Host, Port: conn.Port, TLSConfig: conn.TLSConfig}}, conn.Fallbacks...)
 	for _, h := range hosts {
 		network, _ := pgconn.NetworkAddress(h.Host, h.Port)
 		local := network == "unix" || strings.EqualFold(h.Host, "localhost") || net.ParseIP(h.Host).IsLoopback()
+		neon := strings.HasSuffix(strings.ToLower(strings.TrimSuffix(h.Host, ".")), ".neon.tech")
 		switch {
 		case h.TLSConfig == nil && !local:
-			return errors.New("DATABASE_URL: its sslmode allows an unencrypted connection over the network; use sslmode=require or verify-full")
-		case h.TLSConfig != nil && h.TLSConfig.InsecureSkipVerify && strings.HasSuffix(strings.ToLower(strings.TrimSuffix(h.Host, ".")), ".neon.tech"):
+			return errors.New("DATABASE_URL: its sslmode allows an unencrypted connection over the network; " +
+				"use sslmode=require or verify-full")
+		case h.TLSConfig != nil && h.TLSConfig.InsecureSkipVerify && neon:
 			h.TLSConfig.InsecureSkipVerify = false
 			h.TLSConfig.VerifyPeerCertificate = nil
 			h.TLSConfig.ServerName = h.Host
@@ -105,61 +157,199 @@ func secure(conn *pgx.ConnConfig) error {
 	return nil
 }
 
-// A hastyConn does not wait long for its peer to hang up. Where pgx gives up a
-// connection (asyncClose), it grants 15 s to a cancel request, on a connection of
-// its own, and to that: so long would one gone silent keep its place in the pool.
-type hastyConn struct{ net.Conn }
+// configure sets what the connection string does not decide.
+func configure(config *pgxpool.Config, maxConns int32) {
+	conn := config.ConnConfig
+	conn.DefaultQueryExecMode = pgx.QueryExecModeExec
+	if conn.ConnectTimeout == 0 || conn.ConnectTimeout > connectTimeout {
+		conn.ConnectTimeout = connectTimeout
+	}
+	conn.RuntimeParams["application_name"] = "todo-app"
+	dialer := net.Dialer{Timeout: dialTimeout}
+	conn.DialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
+		c, err := dialer.DialContext(ctx, network, address)
+		if err != nil {
+			return nil, err
+		}
+		// pgx also dials to cancel a statement, for up to 15 s (asyncClose), which would keep the
+		// statement's slot in the pool. A dial for a new connection has at most connectTimeout
+		// left. TestSilentPeerFreesItsSlots fails if pgx changes this.
+		if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) > connectTimeout {
+			c.SetDeadline(time.Now().Add(closeTimeout))
+		}
+		return fastCloseConn{c}, nil
+	}
+	// No connection is kept open by a minimum, and none is replaced while idle: each new session
+	// restarts the five minutes after which Neon suspends the compute.
+	config.MaxConns, config.MinConns, config.MinIdleConns = maxConns, 0, 0
+	config.MaxConnLifetime, config.MaxConnLifetimeJitter = 5*time.Minute, 30*time.Second
+	config.MaxConnIdleTime, config.HealthCheckPeriod = 2*time.Minute, time.Minute
+	config.PingTimeout = pingTimeout
+}
 
-func (c hastyConn) SetDeadline(t time.Time) error {
-	if limit := time.Now().Add(hangUpTimeout); t.After(limit) {
+// A fastCloseConn bounds how long pgx waits for an unresponsive server. When pgx abandons a
+// connection, it sends a cancel request and waits up to 15 s for the server to close; until then
+// the connection occupies a pool slot. On a fastCloseConn no deadline is more than closeTimeout
+// away. TestSilentPeerFreesItsSlots fails without it.
+type fastCloseConn struct{ net.Conn }
+
+func (c fastCloseConn) SetDeadline(t time.Time) error {
+	if limit := time.Now().Add(closeTimeout); t.After(limit) {
 		t = limit
 	}
 	return c.Conn.SetDeadline(t)
 }
 
-// A database is the pool of connections to Neon. It opens the first one when
-// it is first needed.
+// A database is a pool of connections to Neon and the schema in it. It opens the first connection
+// when the first one is needed.
 type database struct {
-	pool     *pgxpool.Pool
-	ready    chan struct{} // closed once the schema is in place
-	pooler   atomic.Bool   // a pooler answers, which refuses the options parameter
-	failures atomic.Int32  // to connect, since the last success
+	pool   *pgxpool.Pool
+	log    *slog.Logger
+	steps  []step         // of schema.sql
+	redact *regexp.Regexp // matches the parts of DATABASE_URL
+	ready  chan struct{}  // closed once the schema is in place
+	failed chan error     // receives why the service cannot go on: the schema disappeared
+	pooler atomic.Bool    // the host is a pooler, which rejects the options parameter
+
+	mu           sync.Mutex // guards what follows
+	failures     int        // attempts to connect that failed since the last success
+	firstFailure time.Time  // end of the first of them
+	lastFailure  time.Time  // end of the last
+	lastAttempt  time.Time  // start of the last attempt to connect
+	lastReset    time.Time  // of the pool, because of a read-only session
+
+	checking chan struct{} // holds one token, which guards what follows: see check
+	checked  time.Time
+	verdict  error
 }
 
-func newDatabase(config *pgxpool.Config) (*database, error) {
-	d := &database{ready: make(chan struct{})}
+func newDatabase(config *pgxpool.Config, log *slog.Logger) (*database, error) {
+	steps, err := parseSteps(schema)
+	if err != nil {
+		return nil, err
+	}
+	d := &database{log: log, steps: steps, redact: urlParts(config.ConnConfig),
+		ready: make(chan struct{}), failed: make(chan error, 1), checking: make(chan struct{}, 1)}
 	label, _, _ := strings.Cut(config.ConnConfig.Host, ".")
 	d.pooler.Store(strings.HasSuffix(label, "-pooler"))
-	config.BeforeConnect = func(ctx context.Context, conn *pgx.ConnConfig) error {
-		if !d.pooler.Load() {
-			// As options, for Neon's proxy drops a plain statement_timeout without a word.
-			conn.RuntimeParams["options"] += fmt.Sprintf(" -c statement_timeout=%d", statementTimeout.Milliseconds())
-		}
-		// This holds a place in the pool: at most maxConns try to connect, however many requests wait.
-		pause(ctx, int(d.failures.Load()))
-		return nil
-	}
-	config.AfterConnect = func(context.Context, *pgx.Conn) error {
-		d.failures.Store(0)
-		return nil
-	}
-	config.ShouldPing = d.isDead
-	var err error
+	config.BeforeConnect = d.beforeConnect
+	config.AfterConnect = d.afterConnect
+	config.ShouldPing = d.shouldPing
+	config.ConnConfig.Tracer = d
 	d.pool, err = pgxpool.NewWithConfig(context.Background(), config)
 	return d, err
 }
 
-// isDead pings a connection that idled. To a yes pgxpool pings it once more, in
-// vain, and takes another. What ended one has ended the rest: the pool closes
-// those that idle, lest a request spend a second on each, and those in use when
-// they come back.
-func (d *database) isDead(ctx context.Context, p pgxpool.ShouldPingParams) bool {
+// urlParts matches what an error of pgx or of the server may contain of DATABASE_URL.
+func urlParts(conn *pgx.ConnConfig) *regexp.Regexp {
+	values := []string{conn.Password, conn.User, conn.Database, conn.Host}
+	for _, f := range conn.Fallbacks {
+		values = append(values, f.Host)
+	}
+	var patterns []string
+	for _, v := range values {
+		if v != "" {
+			patterns = append(patterns, regexp.QuoteMeta(v))
+		}
+	}
+	return regexp.MustCompile(`(^|\W)(` + strings.Join(patterns, "|") + `)(\W|$)`)
+}
+
+// beforeConnect prepares an attempt to connect. It backs off here and not in acquire because a
+// pending connection occupies a pool slot: no matter how many requests are waiting, the attempts
+// are spaced.
+func (d *database) beforeConnect(ctx context.Context, conn *pgx.ConnConfig) error {
+	for !d.mayConnect() {
+		if !sleep(ctx, 10*time.Millisecond+rand.N(20*time.Millisecond)) {
+			return ctx.Err()
+		}
+	}
+	// The formats in which values are sent and received. A pooler takes them as parameters; for
+	// other hosts they are in options, because Neon's proxy drops plain parameters.
+	if d.pooler.Load() {
+		conn.RuntimeParams["client_encoding"], conn.RuntimeParams["datestyle"] = "UTF8", "ISO"
+	} else {
+		conn.RuntimeParams["options"] += fmt.Sprintf(" -c statement_timeout=%d -c client_encoding=UTF8 -c datestyle=ISO",
+			statementTimeout.Milliseconds())
+	}
+	return nil
+}
+
+// mayConnect reports whether an attempt to connect may start now, and counts it.
+func (d *database) mayConnect() bool {
+	outage := d.outage()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	interval := backoffDelay(d.failures)
+	if outage {
+		interval = outageInterval
+	}
+	if d.failures > 0 && time.Since(d.lastAttempt) < interval {
+		return false
+	}
+	d.lastAttempt = time.Now()
+	return true
+}
+
+// TraceConnectStart does nothing; TraceConnectEnd needs it.
+func (d *database) TraceConnectStart(ctx context.Context, _ pgx.TraceConnectStartData) context.Context {
+	return ctx
+}
+
+// TraceConnectEnd counts failed attempts to connect, also those that no request waits for anymore.
+func (d *database) TraceConnectEnd(_ context.Context, data pgx.TraceConnectEndData) {
+	if data.Err == nil {
+		return // afterConnect decides
+	}
+	if strings.Contains(data.Err.Error(), "unsupported startup parameter") && !d.pooler.Swap(true) {
+		return // a pooler without -pooler in its name: the next attempt is without options
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	now := time.Now()
+	if d.failures == 0 || now.Sub(d.lastFailure) > outageForget {
+		d.failures, d.firstFailure = 0, now
+	}
+	d.failures++
+	d.lastFailure = now
+}
+
+// afterConnect rejects a session whose formats would corrupt values. pgx reads and writes text in
+// UTF-8, and times in ISO style.
+func (d *database) afterConnect(_ context.Context, conn *pgx.Conn) error {
+	d.mu.Lock()
+	d.failures = 0
+	d.mu.Unlock()
+	for _, p := range []struct{ name, want, remedy string }{
+		{"server_encoding", "UTF8", "create the database with ENCODING 'UTF8'"},
+		{"client_encoding", "UTF8", "ALTER ROLE … RESET client_encoding"},
+		{"DateStyle", "ISO", "ALTER ROLE … RESET datestyle, and the same for the database"},
+	} {
+		if got := conn.PgConn().ParameterStatus(p.name); got != "" && !strings.HasPrefix(got, p.want) {
+			return permanentError(fmt.Sprintf("DATABASE_URL: the database has %s %q, but the service requires %s: %s",
+				p.name, got, p.want, p.remedy))
+		}
+	}
+	return nil
+}
+
+// outage reports whether this is a long outage: every attempt to connect has failed for outageAfter.
+func (d *database) outage() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.failures > 0 && time.Since(d.firstFailure) >= outageAfter && time.Since(d.lastFailure) <= outageForget
+}
+
+// shouldPing pings a connection that was idle, before pgxpool does. Where that fails, the other
+// idle connections are broken too, and the pool closes them all: otherwise a request could spend
+// pingTimeout on each. On true pgxpool pings once more, fails and takes another connection.
+func (d *database) shouldPing(ctx context.Context, p pgxpool.ShouldPingParams) bool {
 	if p.IdleDuration < idleBeforePing {
 		return false
 	}
-	patience, cancel := context.WithTimeout(ctx, pingTimeout)
+	pingCtx, cancel := context.WithTimeout(ctx, pingTimeout)
 	defer cancel()
-	if p.Conn.Ping(patience) == nil {
+	if p.Conn.Ping(pingCtx) == nil {
 		return false
 	}
 	if ctx.Err() == nil {
@@ -168,169 +358,583 @@ func (d *database) isDead(ctx context.Context, p pgxpool.ShouldPingParams) bool 
 	return true
 }
 
-// prepare applies the schema and lets the waiting queries go. A database that
-// cannot be reached is tried again for 30 s.
-func (d *database) prepare(ctx context.Context, log *slog.Logger) error {
-	ctx, cancel := context.WithTimeout(ctx, schemaPatience)
-	defer cancel()
-	for try := 1; ; try++ {
-		err := d.migrate(ctx)
-		_, answered := errors.AsType[*pgconn.PgError](err)
-		switch {
-		case err == nil:
-			close(d.ready)
-			log.Info("database ready")
-			return nil
-		case answered && !transient(err):
-			return fmt.Errorf("apply schema.sql: %w", err)
-		case !pause(ctx, try):
-			return fmt.Errorf("DATABASE_URL: no usable connection in %v: %w", schemaPatience, err)
-		}
-	}
-}
+// A permanentError is a state of the database that no retry changes. It is one line for the
+// operator.
+type permanentError string
 
-// migrate applies schema.sql unless the database has it, which it knows from
-// the table's comment in one round trip and without a lock: even CREATE INDEX
-// IF NOT EXISTS would wait for every writer, and hold up all that come after.
-func (d *database) migrate(ctx context.Context) error {
-	conn, err := d.acquire(ctx)
-	if err != nil {
-		return err
-	}
-	defer conn.Release()
-	mark := fmt.Sprintf("todo-app schema %x", sha256.Sum256([]byte(schema)))
-	current := func() (done bool, err error) {
-		const look = `SELECT COALESCE(obj_description(to_regclass('tasks'), 'pg_class'), '') = $1`
-		err = conn.QueryRow(ctx, look, mark).Scan(&done)
-		return done, err
-	}
-	if done, err := current(); done || err != nil {
-		return err
-	}
-	return pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
-		// The lock belongs to the transaction: behind a pooler a session's lock would outlive it.
-		lock := fmt.Sprintf(`SET LOCAL lock_timeout = '5s'; SELECT pg_advisory_xact_lock(%d)`, schemaLock)
-		if _, err := tx.Exec(ctx, lock); err != nil {
-			return err
-		}
-		if done, err := current(); done || err != nil {
-			return err
-		}
-		_, err := tx.Exec(ctx, schema+fmt.Sprintf(`COMMENT ON TABLE tasks IS '%s'`, mark))
-		return err
-	})
-}
+func (e permanentError) Error() string { return string(e) }
 
-// query runs one statement, in one round trip, and returns its rows. Its error
-// is errUnavailable where the database was not reached, had no capacity, gave up
-// or did not answer; then the statement may have run. Any other is a fault of the
-// statement itself.
+// A retryPolicy tells whether a statement may be sent again after its connection broke, when it is
+// not known whether it ran.
+type retryPolicy bool
+
+const (
+	retry   retryPolicy = true  // a read, or a create with an Idempotency-Key
+	noRetry retryPolicy = false // any other change
+)
+
+// query runs one statement, in one round trip, and returns its rows. It returns errUnavailable if
+// the database was not reached, had no capacity, gave up or did not answer; then the statement may
+// have run. Any other error is a fault of the statement.
 //
-// A repeatable statement is sent once more when the connection is lost. Which
-// errors mean "lost" is not read from their kind: pgconn.SafeToRetry says yes
-// to statements that ran, and Neon's proxy reports its own failures as XX000.
-// What counts is that pgx has closed the connection.
-func query[T any](ctx context.Context, d *database, repeatable bool, scan pgx.RowToFunc[T], sql string, args ...any) ([]T, error) {
+// The statement is sent again, within ctx, after an error that guarantees that nothing happened,
+// and once, if policy allows it, after its connection broke. What counts as broken is that pgx has
+// closed the connection. Two obvious signals are unusable: pgconn.SafeToRetry is true for some
+// statements that ran (pgx 5.9 to 5.12), and Neon's proxy reports its own failures as XX000.
+func query[T any](ctx context.Context, d *database, policy retryPolicy, scan pgx.RowToFunc[T], sql string, args ...any) ([]T, error) {
 	select {
 	case <-d.ready:
 	case <-ctx.Done():
 		return nil, fmt.Errorf("%w: wait for the schema: %w", errUnavailable, ctx.Err())
 	}
+	resent := false
 	for attempt := 1; ; attempt++ {
-		conn, err := d.acquire(ctx)
-		if err != nil {
-			return nil, fmt.Errorf("%w: %w", errUnavailable, err)
-		}
-		found, lost, err := once(ctx, conn, scan, sql, args...)
+		rows, broken, err := tryQuery(ctx, d, scan, sql, args...)
 		if err == nil {
-			return found, nil
+			return rows, nil
 		}
-		if lost && ctx.Err() == nil {
-			d.pool.Reset() // a restart ends the other connections too, one by one
-			if repeatable && attempt == 1 {
-				continue
+		again, code := false, sqlState(err)
+		switch {
+		case ctx.Err() != nil:
+		case broken:
+			d.pool.Reset() // a restart closes the other connections too, one by one
+			again = bool(policy) && !resent
+			resent = true
+		case code == "40001" || code == "40P01": // serialization failure, deadlock: rolled back
+			again = backoff(ctx, attempt)
+		case code == "25006": // read-only, after a failover: rejected
+			d.resetReadOnly()
+			again = !resent
+			resent = true
+		case slices.Contains([]string{"42P01", "42703", "42P10", "3F000"}, code): // undefined table, column, …
+			if d.schemaLost(ctx) {
+				return nil, fmt.Errorf("%w: %w", errUnavailable, err)
 			}
 		}
-		if lost || transient(err) || ctx.Err() != nil {
+		if again {
+			continue
+		}
+		if broken || transient(err) || ctx.Err() != nil {
 			return nil, fmt.Errorf("%w: %w", errUnavailable, err)
 		}
 		return nil, err
 	}
 }
 
-// once runs a statement and gives its connection back, even where scan panics.
-// It reports whether the connection was lost.
-func once[T any](ctx context.Context, conn *pgxpool.Conn, scan pgx.RowToFunc[T], sql string, args ...any) (found []T, lost bool, err error) {
-	defer conn.Release()
-	rows, err := conn.Query(ctx, sql, args...)
-	if err == nil {
-		found, err = pgx.CollectRows(rows, scan)
+// queryRow is query for a statement that returns one row, or none. None is errNoTask: the task does
+// not exist or belongs to another user.
+func queryRow[T any](ctx context.Context, d *database, policy retryPolicy, scan pgx.RowToFunc[T], sql string, args ...any) (row T, err error) {
+	rows, err := query(ctx, d, policy, scan, sql, args...)
+	switch {
+	case err != nil:
+		return row, err
+	case len(rows) == 0:
+		return row, errNoTask
 	}
-	return found, conn.Conn().IsClosed(), err
+	return rows[0], nil
 }
 
-// acquire gets a connection for one statement. Connecting is tried again until
-// ctx is done, for nothing has been sent yet, and Neon may be waking up. Where
-// the database is there, the wait for one of its connections is shorter.
+// tryQuery runs a statement once and releases its connection, even if scan panics. It reports
+// whether the connection broke.
+func tryQuery[T any](ctx context.Context, d *database, scan pgx.RowToFunc[T], sql string, args ...any) (rows []T, broken bool, err error) {
+	conn, err := d.acquire(ctx)
+	if err != nil {
+		return nil, false, err
+	}
+	defer conn.Release()
+	found, err := conn.Query(ctx, sql, args...)
+	if err == nil {
+		rows, err = pgx.CollectRows(found, scan)
+	}
+	return rows, conn.Conn().IsClosed(), err
+}
+
+// errConnection means that there is no connection to the database.
+var errConnection = errors.New("no connection")
+
+// acquire returns a connection of the pool, or errConnection. An attempt to connect that fails is
+// followed by another until ctx is done, because nothing has been sent yet and the compute may be
+// resuming. The wait is shorter if all connections are busy, and in a long outage.
 func (d *database) acquire(ctx context.Context) (*pgxpool.Conn, error) {
-	ctx, giveUp := context.WithCancelCause(ctx)
-	defer giveUp(nil)
-	defer time.AfterFunc(poolPatience, func() {
-		if d.pool.Stat().AcquiredConns() > 0 {
-			giveUp(fmt.Errorf("all were busy for %v", poolPatience))
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer time.AfterFunc(acquireTimeout, func() {
+		if s := d.pool.Stat(); s.AcquiredConns() == s.MaxConns() {
+			cancel(fmt.Errorf("all connections were busy for %v", acquireTimeout))
 		}
 	}).Stop()
-	var failure error
+	if d.outage() {
+		defer time.AfterFunc(time.Until(requestStart(ctx).Add(outageWait)), func() {
+			cancel(errors.New("long outage"))
+		}).Stop()
+	}
+	var failure string
 	for {
 		conn, err := d.pool.Acquire(ctx)
-		_, refused := errors.AsType[*pgconn.ConnectError](err)
-		switch {
-		case err == nil:
+		if err == nil {
 			return conn, nil
-		case !refused && failure != nil:
-			return nil, failure
-		case !refused:
-			return nil, fmt.Errorf("wait for a connection: %w", cmp.Or(context.Cause(ctx), err))
-		case strings.Contains(err.Error(), "unsupported startup parameter") && !d.pooler.Swap(true):
-			continue // a pooler without -pooler in its name
 		}
-		failure = err
-		d.failures.Add(1)
+		if _, ok := errors.AsType[*pgconn.ConnectError](err); ok && ctx.Err() == nil {
+			failure = ": " + d.reason(err)
+			continue
+		}
+		if _, ok := errors.AsType[permanentError](err); !ok {
+			err = cmp.Or(context.Cause(ctx), err)
+		}
+		return nil, fmt.Errorf("%w: %w%s", errConnection, err, failure)
 	}
 }
 
-// ping makes one round trip.
-func (d *database) ping(ctx context.Context) error {
-	_, err := query(ctx, d, true, pgx.RowTo[int], `SELECT 1`)
-	return err
+// A dbTrace is what the log says about a request's use of the database. It belongs to the request's
+// goroutine.
+type dbTrace struct {
+	start time.Time // of the request
 }
 
-// pause waits after so many failures, whoever had them: not at all after none,
-// 25 ms after one, twice as long after the next, up to half a second; half of it
-// by chance, so that many who lost the same database do not come back as one.
-// It reports whether ctx still runs.
-func pause(ctx context.Context, failures int) bool {
-	if failures == 0 {
-		return true
+type dbTraceKey struct{}
+
+// withTrace returns a context for the work of a request that starts now.
+func withTrace(ctx context.Context) (context.Context, *dbTrace) {
+	t := &dbTrace{start: time.Now()}
+	return context.WithValue(ctx, dbTraceKey{}, t), t
+}
+
+// requestStart returns when the request of ctx began, or now if ctx belongs to no request.
+func requestStart(ctx context.Context) time.Time {
+	if t, ok := ctx.Value(dbTraceKey{}).(*dbTrace); ok {
+		return t.start
 	}
-	longest := min(25*time.Millisecond<<min(failures-1, 5), 500*time.Millisecond)
+	return time.Now()
+}
+
+// reason describes a failed attempt to connect, in one line and without any part of DATABASE_URL.
+func (d *database) reason(err error) string {
+	if e, ok := errors.AsType[*pgconn.ConnectError](err); ok {
+		err = e.Unwrap()
+	}
+	text := strings.ReplaceAll(err.Error(), "\n", "; ")
+	for range 2 { // a match may end where the next one begins
+		text = d.redact.ReplaceAllString(text, "$1…$3")
+	}
+	return text
+}
+
+// resetReadOnly closes the pool's connections so that the next ones reach the primary, at most once
+// a second.
+func (d *database) resetReadOnly() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if time.Since(d.lastReset) > time.Second {
+		d.lastReset = time.Now()
+		d.pool.Reset()
+	}
+}
+
+// backoff sleeps before the next try: 25 ms after the first one, doubling up to half a second, with
+// jitter so that clients of the same database do not try again in step. It reports whether ctx is
+// still running.
+func backoff(ctx context.Context, tries int) bool {
+	delay := backoffDelay(tries)
+	return sleep(ctx, delay/2+rand.N(delay/2))
+}
+
+func backoffDelay(tries int) time.Duration {
+	return min(25*time.Millisecond<<min(max(tries-1, 0), 5), 500*time.Millisecond)
+}
+
+// sleep reports whether ctx is still running after that time.
+func sleep(ctx context.Context, t time.Duration) bool {
 	select {
-	case <-time.After(longest/2 + rand.N(longest/2)):
+	case <-time.After(t):
 		return true
 	case <-ctx.Done():
 		return false
 	}
 }
 
-// transient reports whether err tells of the state of the database and not of
-// a fault in a statement or its arguments.
-func transient(err error) bool {
-	if _, ok := errors.AsType[*pgconn.ConnectError](err); ok {
-		return true // whatever its SQLSTATE: Neon's proxy says XX000 to everything
+// sqlState returns the SQLSTATE of an error that the server reported, or "".
+func sqlState(err error) string {
+	if pg, ok := errors.AsType[*pgconn.PgError](err); ok {
+		return pg.Code
 	}
-	pg, ok := errors.AsType[*pgconn.PgError](err)
-	// Appendix A of the PostgreSQL manual: connection, invalid transaction state (read-only), rollback, resources,
-	// object not in prerequisite state (lock timeout), operator intervention (statement timeout), system and internal error.
+	return ""
+}
+
+// transient reports whether err describes the state of the database and not a fault in a statement
+// or its arguments.
+func transient(err error) bool {
+	if errors.Is(err, errConnection) {
+		return true
+	}
+	// PostgreSQL's Appendix A: connection, invalid transaction state (read-only), rollback,
+	// resources, object not in prerequisite state (lock timeout), operator intervention (statement
+	// timeout), system error, internal error.
 	classes := []string{"08", "25", "40", "53", "55", "57", "58", "XX"}
-	return ok && slices.ContainsFunc(classes, func(class string) bool { return strings.HasPrefix(pg.Code, class) })
+	code := sqlState(err)
+	return slices.ContainsFunc(classes, func(class string) bool { return strings.HasPrefix(code, class) })
+}
+
+type queryTraceKey struct{}
+
+// A queryTrace is a statement that is running.
+type queryTrace struct {
+	sql   string
+	start time.Time
+}
+
+// TraceQueryStart remembers when a statement began.
+func (d *database) TraceQueryStart(ctx context.Context, _ *pgx.Conn, data pgx.TraceQueryStartData) context.Context {
+	return context.WithValue(ctx, queryTraceKey{}, queryTrace{data.SQL, time.Now()})
+}
+
+// TraceQueryEnd logs a statement at DEBUG, and at WARNING if it was slow: its SQL, never its
+// arguments.
+func (d *database) TraceQueryEnd(ctx context.Context, _ *pgx.Conn, data pgx.TraceQueryEndData) {
+	q := ctx.Value(queryTraceKey{}).(queryTrace)
+	took, level, message := time.Since(q.start), slog.LevelDebug, "statement"
+	if took > slowStatement {
+		level, message = slog.LevelWarn, "slow statement"
+	}
+	if !d.log.Enabled(ctx, level) {
+		return
+	}
+	attrs := []slog.Attr{
+		slog.String("sql", truncate(strings.Join(strings.Fields(q.sql), " "), maxLogged)),
+		slog.Int64("duration_us", took.Microseconds()),
+		slog.Int64("rows", data.CommandTag.RowsAffected()),
+	}
+	if data.Err != nil {
+		attrs = append(attrs, slog.String("sqlstate", sqlState(data.Err)))
+	}
+	d.log.LogAttrs(ctx, level, message, attrs...)
+}
+
+const (
+	schemaLock      = 7_236_045              // arbitrary; the advisory lock of instances that apply steps
+	lockTimeout     = 200 * time.Millisecond // a waiting step delays the requests that come after it
+	lockInterval    = 2 * time.Second        // between two tries to get a lock
+	startupTimeout  = 30 * time.Second       // to reach the database, at start
+	inspectTimeout  = 10 * time.Second       // for the answer of the catalog
+	readinessMaxAge = time.Second            // of the answer of /health/ready
+)
+
+// schema is a list of steps. The table's comment tells how many of them a database has.
+//
+//go:embed schema.sql
+var schema string
+
+// A step is one change of the schema. It is applied once to a database.
+type step struct {
+	title, sql string
+}
+
+// parseSteps splits schema.sql at its lines "-- step N: title", where N counts from 1.
+func parseSteps(text string) ([]step, error) {
+	var steps []step
+	heading := regexp.MustCompile(`(?m)^-- step ([0-9]+): *(.*?)\s*$`)
+	headings := heading.FindAllStringSubmatchIndex(text, -1)
+	for i, at := range headings {
+		end := len(text)
+		if i+1 < len(headings) {
+			end = headings[i+1][0]
+		}
+		if text[at[2]:at[3]] != strconv.Itoa(i+1) {
+			return nil, fmt.Errorf("schema.sql: step %s is number %d in the file", text[at[2]:at[3]], i+1)
+		}
+		steps = append(steps, step{title: text[at[4]:at[5]], sql: text[at[1]:end]})
+	}
+	if steps == nil {
+		return nil, errors.New("schema.sql has no line that begins -- step 1:")
+	}
+	return steps, nil
+}
+
+// start brings the schema up to date and then lets the waiting statements run. It returns an error
+// if the database was not reachable for startupTimeout, rejects a step, or needs a person.
+func (d *database) start(ctx context.Context) error {
+	deadline := time.Now().Add(startupTimeout)
+	for try := 1; ; try++ {
+		err := d.migrate(ctx, deadline)
+		permanent, ok := errors.AsType[permanentError](err)
+		locked := errors.Is(err, errLocked)
+		switch {
+		case err == nil:
+			close(d.ready)
+			d.log.Info("database ready", "schema_step", len(d.steps))
+			return nil
+		case ok:
+			return permanent
+		case ctx.Err() != nil:
+			return fmt.Errorf("stopped before the schema was in place: %w", err)
+		case locked:
+			d.log.Warn("waiting for a lock", "reason", err.Error())
+			deadline, try = time.Now().Add(startupTimeout), 1 // the database was reached
+			sleep(ctx, lockInterval)
+		case !transient(err) || time.Now().After(deadline):
+			return err
+		default:
+			backoff(ctx, try)
+		}
+	}
+}
+
+// errLocked means that a step waits for a lock that another session holds.
+var errLocked = errors.New("wait for a lock")
+
+// migrate applies the missing steps. A database that has them all costs one round trip and no lock.
+func (d *database) migrate(ctx context.Context, deadline time.Time) (err error) {
+	connectCtx, cancel := context.WithDeadline(ctx, deadline)
+	defer cancel()
+	conn, err := d.acquire(connectCtx)
+	if err != nil {
+		return fmt.Errorf("DATABASE_URL: cannot connect within %v: %w", startupTimeout, err)
+	}
+	defer conn.Release()
+	defer func() {
+		if err != nil && conn.Conn().IsClosed() {
+			err = fmt.Errorf("%w: %w", errConnection, err)
+		}
+	}()
+	for last := 0; ; {
+		state, err := inspect(ctx, conn)
+		if err != nil {
+			return err
+		}
+		n, err := state.next(len(d.steps))
+		switch {
+		case err != nil || n == 0:
+			return err
+		case n == last: // step 1, for an index that it does not create
+			return permanentError("the table public.tasks has no " + state.missingIndex() +
+				": create it, or rename the index of another table that has its name; see docs/moving.md")
+		}
+		if err := d.applyStep(ctx, conn, n); err != nil {
+			return err
+		}
+		last = n
+	}
+}
+
+// applyStep applies a step in a transaction of its own, unless another instance has done it.
+func (d *database) applyStep(ctx context.Context, conn *pgxpool.Conn, n int) error {
+	s := d.steps[n-1]
+	name := fmt.Sprintf("schema.sql, step %d (%s)", n, s.title)
+	holder := "another instance that applies the schema"
+	// The isolation level matters: a snapshot from before the lock would not show what its holder did.
+	options := pgx.TxOptions{IsoLevel: pgx.ReadCommitted, AccessMode: pgx.ReadWrite}
+	err := pgx.BeginTxFunc(ctx, conn, options, func(tx pgx.Tx) error {
+		// Without arguments pgx sends the whole text at once. The lock belongs to the transaction,
+		// because a pooler would keep a session's lock after the session.
+		_, err := tx.Exec(ctx, fmt.Sprintf(`
+			SET LOCAL lock_timeout = %d;
+			SET LOCAL statement_timeout = 0;
+			SET LOCAL search_path = public;
+			SELECT pg_advisory_xact_lock(%d)`, lockTimeout.Milliseconds(), schemaLock))
+		if err != nil {
+			return err
+		}
+		state, err := inspect(ctx, tx)
+		if err != nil {
+			return err
+		}
+		if next, err := state.next(len(d.steps)); err != nil || next != n {
+			return err
+		}
+		holder = ""
+		d.log.Info("applying "+name, "schema_step", n)
+		_, err = tx.Exec(ctx, fmt.Sprintf("%s\n;\nCOMMENT ON TABLE public.tasks IS 'todo-app schema step %d'",
+			s.sql, max(n, state.applied())))
+		return err
+	})
+	switch code := sqlState(err); {
+	case code == "55P03" || code == "40P01": // lock timeout, deadlock
+		if holder == "" {
+			holder = lockHolder(ctx, conn)
+		}
+		return fmt.Errorf("%s: %w held by %s", name, errLocked, holder)
+	case strings.HasPrefix(code, "22"): // data exception: the server's message may contain a title
+		return fmt.Errorf("%s: a row does not fit (SQLSTATE %s)", name, code)
+	case err != nil:
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	return nil
+}
+
+// lockHolder describes the session with the oldest transaction that uses the table.
+func lockHolder(ctx context.Context, conn *pgxpool.Conn) (text string) {
+	err := conn.QueryRow(ctx, `
+		SELECT format('process %s (%s, %s, in a transaction for %s s)', a.pid, COALESCE(a.application_name, '?'),
+		           COALESCE(a.state, '?'), COALESCE(extract(epoch FROM clock_timestamp() - a.xact_start)::int, 0))
+		FROM pg_catalog.pg_locks l
+		JOIN pg_catalog.pg_stat_activity a USING (pid)
+		JOIN pg_catalog.pg_class c ON c.oid = l.relation AND c.relname = 'tasks'
+		JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace AND n.nspname = 'public'
+		WHERE l.granted AND a.pid <> pg_backend_pid() AND a.datname = current_database()
+		ORDER BY a.xact_start
+		LIMIT 1`, pgx.QueryExecModeExec).Scan(&text)
+	if err != nil {
+		return "a session that has ended"
+	}
+	return text
+}
+
+// A schemaState is what the catalog contains about public.tasks.
+type schemaState struct {
+	Kind     *string // pg_class.relkind, "r" for a table; nil if there is none
+	Comment  *string
+	Columns  []string
+	Indexes  []string // such as "unique (user_id, id)", valid ones only
+	ReadOnly bool     // the session
+}
+
+// inspect reads the catalog's rows in one round trip and without a lock. Functions such as
+// to_regclass would read a cache that can be stale, and pg_get_expr could wait for the table's lock.
+func inspect(ctx context.Context, on interface {
+	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
+}) (schemaState, error) {
+	ctx, cancel := context.WithTimeout(ctx, inspectTimeout)
+	defer cancel()
+	rows, err := on.Query(ctx, `
+		SELECT c.relkind::text,
+		       d.description,
+		       ARRAY(SELECT a.attname::text
+		             FROM pg_catalog.pg_attribute a
+		             WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped),
+		       ARRAY(SELECT CASE WHEN i.indisunique THEN 'unique ' ELSE '' END
+		                 || '(' || string_agg(a.attname, ', ' ORDER BY k.position) || ')'
+		                 || CASE WHEN i.indpred IS NULL THEN '' ELSE ' WHERE' END
+		             FROM pg_catalog.pg_index i
+		             CROSS JOIN unnest(i.indkey::int2[]) WITH ORDINALITY AS k (attnum, position)
+		             JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
+		             WHERE i.indrelid = c.oid AND i.indisvalid AND k.position <= i.indnkeyatts
+		             GROUP BY i.indexrelid, i.indisunique, i.indpred IS NULL),
+		       current_setting('transaction_read_only')::boolean
+		FROM (VALUES (true)) AS always
+		LEFT JOIN (pg_catalog.pg_namespace n
+		           JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = 'tasks')
+		       ON n.nspname = 'public'
+		LEFT JOIN pg_catalog.pg_description d
+		       ON d.objoid = c.oid AND d.objsubid = 0 AND d.classoid = 'pg_catalog.pg_class'::regclass`,
+		pgx.QueryExecModeExec)
+	var state schemaState
+	if err == nil {
+		state, err = pgx.CollectExactlyOneRow(rows, pgx.RowToStructByPos[schemaState])
+	}
+	if err != nil {
+		err = fmt.Errorf("read the catalog: %w", err)
+	}
+	return state, err
+}
+
+// What the statements of this binary need. CREATE TABLE makes the first index, and a later run of
+// step 1 makes the others again if they are missing.
+var (
+	neededColumns = strings.Split(columns+", idempotency_key, request_hash", ", ")
+	neededIndexes = []string{"unique (user_id, id)", "(user_id, completed, id)", "unique (user_id, idempotency_key) WHERE"}
+)
+
+// ourComment is the comment on a table of this service. Builds before the steps wrote a hash.
+var ourComment = regexp.MustCompile(`^todo-app schema (?:step ([1-9][0-9]{0,5})|[0-9a-f]{64})$`)
+
+// applied returns how many steps the table has, 0 if there is no table or it is not ours.
+func (s schemaState) applied() int {
+	if s.Comment == nil {
+		return 0
+	}
+	match := ourComment.FindStringSubmatch(*s.Comment)
+	if match == nil {
+		return 0
+	}
+	n, _ := strconv.Atoi(cmp.Or(match[1], "1")) // a hash: what is now step 1
+	return n
+}
+
+// next returns the number of the step that must be applied next, 0 if there is none. Its error is a
+// permanentError: the table is not ours, or lacks a column.
+func (s schemaState) next(steps int) (int, error) {
+	switch applied := s.applied(); {
+	case s.Kind == nil:
+		return 1, nil
+	case applied == 0:
+		return 0, permanentError("public.tasks exists but was not created by this service, which leaves it " +
+			"untouched: rename it, or move its rows as docs/moving.md describes")
+	case applied < steps:
+		return applied + 1, nil
+	}
+	for _, column := range neededColumns {
+		if !slices.Contains(s.Columns, column) {
+			return 0, permanentError("the table public.tasks has no column " + column +
+				": restore it, or start the release that matches the schema")
+		}
+	}
+	if s.missingIndex() != "" {
+		return 1, nil
+	}
+	return 0, nil
+}
+
+// missingIndex describes an index that the statements need and the table does not have, or returns "".
+func (s schemaState) missingIndex() string {
+	for _, index := range neededIndexes {
+		if !slices.Contains(s.Indexes, index) {
+			return "index " + strings.Replace(index, "WHERE", "WHERE idempotency_key IS NOT NULL", 1)
+		}
+	}
+	return ""
+}
+
+// verify returns nil if the schema is in place, and a permanentError if it is not. It costs one
+// round trip.
+func (d *database) verify(ctx context.Context) (state schemaState, err error) {
+	conn, err := d.acquire(ctx)
+	if err != nil {
+		return state, err
+	}
+	defer conn.Release()
+	if state, err = inspect(ctx, conn); err != nil {
+		return state, err
+	}
+	n, err := state.next(len(d.steps))
+	if err == nil && n != 0 {
+		err = permanentError("the schema of the database is missing or incomplete: was it dropped or restored? " +
+			"The next start applies what is missing")
+	}
+	return state, err
+}
+
+// schemaLost reports, after a statement found something undefined, whether the schema is gone. Then
+// it also ends the service: the next start repairs the schema or tells what is wrong.
+func (d *database) schemaLost(ctx context.Context) bool {
+	_, err := d.verify(ctx)
+	lost, ok := errors.AsType[permanentError](err)
+	if ok {
+		select {
+		case d.failed <- lost:
+		default: // another request was first
+		}
+	}
+	return ok
+}
+
+// check returns nil if the database can serve: the schema is in place and writes are accepted.
+// All callers share one round trip a second.
+func (d *database) check(ctx context.Context) error {
+	select {
+	case d.checking <- struct{}{}:
+		defer func() { <-d.checking }()
+	case <-ctx.Done():
+		return fmt.Errorf("%w: wait for the check of another request: %w", errUnavailable, ctx.Err())
+	}
+	if time.Since(d.checked) > readinessMaxAge {
+		state, err := d.verify(ctx)
+		if err == nil && state.ReadOnly {
+			d.resetReadOnly()
+			err = errors.New("the database is read-only")
+		}
+		d.checked, d.verdict = time.Now(), err
+	}
+	if d.verdict != nil {
+		return fmt.Errorf("%w: %w", errUnavailable, d.verdict)
+	}
+	return nil
 }

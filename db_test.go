@@ -59,6 +59,7 @@ func TestDatabaseURL(t *testing.T) {
 		t.Setenv("PGSSLMODE", mode)
 		for _, row := range []struct{ url, want string }{
 			{"postgres://u:p@" + other + "/d", other + " any"},
+			{" postgres://u:p@" + other + "/d\n", other + " any"},
 			{"postgresql://u:p@" + other + ":6543/d?application_name=x", other + " any"},
 			{"postgres://u:p@" + other + "/d?sslmode=require", other + " any"},
 			{"postgres://u:p@" + other + "/d?sslmode=verify-ca", other + " chain"},
@@ -106,9 +107,8 @@ func TestDatabaseURL(t *testing.T) {
 			{"postgres://", refused},
 			{"postgresql:///d", refused},
 			{"postgres://u:p@/d", refused},
-			{"postgres://u:p@" + other + "/d\n", refused},
 		} {
-			config, err := poolConfig(row.url)
+			config, _, err := poolConfig(row.url)
 			got := refused
 			if err == nil {
 				got = hostsOf(config)
@@ -131,7 +131,8 @@ func TestDatabaseURLShowsNoPassword(t *testing.T) {
 		"",
 		"hunter2",
 		"mysql://u:hunter2@db.example.com/d",
-		" postgres://u:hunter2@db.example.com/d",
+		`"postgres://u:hunter2@db.example.com/d"`,
+		"postgres://u:hunter2@db.example.com/d'",
 		"host=db.example.com password=hunter2",
 		"postgres://u:hunter2@db.example.com/d?sslmode=disable",
 		"postgres://u:hunter2@db.example.com/d?sslmode=hunter",
@@ -148,17 +149,16 @@ func TestDatabaseURLShowsNoPassword(t *testing.T) {
 		"postgres://u:hunter2@db.example.com/d?pool_max_conns=many",
 		"postgres://u@db.example.com/d?password=hunter2&sslmode=disable",
 		"postgres://u@db.example.com/d?password=hunter2%zz",
-		"postgres://u@db.example.com/d?password=hunter2=&x=1",
 		"postgres://u@db.example.com/d?password=hunter2&connect_timeout=x",
 	} {
-		switch config, err := poolConfig(text); {
+		switch config, _, err := poolConfig(text); {
 		case err == nil:
 			t.Errorf("poolConfig(%q) took host %q, database %q, want an error", text, config.ConnConfig.Host, config.ConnConfig.Database)
 		case !strings.HasPrefix(err.Error(), "DATABASE_URL") || strings.Contains(err.Error(), "hunter2"):
 			t.Errorf("poolConfig(%q) = %v, want an error that names the setting and shows nothing of it", text, err)
 		}
 	}
-	config, err := poolConfig("postgres://u:p%40s%2Fw%3F%25#&=é@db.example.com/d")
+	config, _, err := poolConfig("postgres://u:p%40s%2Fw%3F%25#&=é@db.example.com/d")
 	if err != nil || config.ConnConfig.Password != "p@s/w?%#&=é" {
 		t.Errorf("poolConfig = %v, %v, want the password as encoded", config, err)
 	}
@@ -166,7 +166,7 @@ func TestDatabaseURLShowsNoPassword(t *testing.T) {
 
 func TestPoolNumbersHold(t *testing.T) {
 	t.Parallel()
-	config, err := poolConfig("postgres://u:p@localhost/d?pool_max_conns=99&pool_min_conns=5&pool_min_idle_conns=5" +
+	config, _, err := poolConfig("postgres://u:p@localhost/d?pool_max_conns=99&&pool_min_conns=5&pool_min_idle_conns=5" +
 		"&pool_max_conn_lifetime=9h&pool_max_conn_lifetime_jitter=9h&pool_max_conn_idle_time=9h&pool_health_check_period=9h" +
 		"&pool_ping_timeout=9h&connect_timeout=99&application_name=x&default_query_exec_mode=cache_statement&channel_binding=require")
 	if err != nil {
@@ -175,7 +175,7 @@ func TestPoolNumbersHold(t *testing.T) {
 	conn := config.ConnConfig
 	got := fmt.Sprintln(config.MaxConns, config.MinConns, config.MinIdleConns, config.MaxConnLifetime, config.MaxConnLifetimeJitter,
 		config.MaxConnIdleTime, config.PingTimeout, conn.ConnectTimeout, conn.RuntimeParams["application_name"], conn.DefaultQueryExecMode, conn.ChannelBinding)
-	if want := fmt.Sprintln(15, 0, 0, "5m0s", "30s", "2m0s", "1s", "10s", "todo-app", pgx.QueryExecModeExec, "require"); got != want {
+	if want := fmt.Sprintln(99, 0, 0, "5m0s", "30s", "2m0s", "1s", "10s", "todo-app", pgx.QueryExecModeExec, "require"); got != want {
 		t.Errorf("pool = %s, want %s", got, want)
 	}
 	if config.HealthCheckPeriod > time.Minute { // Neon sleeps after five: idle time and period must stay below
@@ -186,18 +186,19 @@ func TestPoolNumbersHold(t *testing.T) {
 // A pooler would refuse the options parameter.
 func TestTimeoutIsAskedOfDirectHosts(t *testing.T) {
 	t.Parallel()
+	const asked = "-c statement_timeout=30000 -c client_encoding=UTF8 -c datestyle=ISO"
 	for _, row := range []struct{ url, want string }{
-		{"postgres://u:p@ep-a-1.c-2.aws.neon.tech/d", "-c statement_timeout=30000"},
+		{"postgres://u:p@ep-a-1.c-2.aws.neon.tech/d", asked},
 		{"postgres://u:p@ep-a-1-pooler.c-2.aws.neon.tech/d", ""},
-		{"postgres://u:p@ep-a-1.my-pooler.neon.tech/d", "-c statement_timeout=30000"}, // it ends the first label
-		{"postgres://u:p@ep-a-1.aws.neon.tech/d?options=-c%20jit%3Doff", "-c jit=off -c statement_timeout=30000"},
+		{"postgres://u:p@ep-a-1.my-pooler.neon.tech/d", asked}, // it ends the first label
+		{"postgres://u:p@ep-a-1.aws.neon.tech/d?options=-c%20jit%3Doff", "-c jit=off " + asked},
 		{"postgres://u:p@my-pooler/d", ""},
 	} {
-		config, err := poolConfig(row.url)
+		config, _, err := poolConfig(row.url)
 		if err != nil {
 			t.Fatal(err)
 		}
-		d, err := newDatabase(config)
+		d, err := newTracedDatabase(config)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -258,7 +259,7 @@ func TestNeonMustProveItself(t *testing.T) {
 			names <- secure.ConnectionState().ServerName
 		}()
 
-		config, err := poolConfig("postgresql://u:p@" + host + "/d?sslmode=require&channel_binding=require")
+		config, _, err := poolConfig("postgresql://u:p@" + host + "/d?sslmode=require&channel_binding=require")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -283,12 +284,12 @@ func TestNeonMustProveItself(t *testing.T) {
 // knows already whether a pooler is there.
 func open(t testing.TB, databaseURL string, change func(*pgxpool.Config)) *database {
 	t.Helper()
-	config, err := poolConfig(databaseURL)
+	config, _, err := poolConfig(databaseURL)
 	if err != nil {
 		t.Fatal(err)
 	}
 	change(config)
-	d, err := newDatabase(config)
+	d, err := newTracedDatabase(config)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -307,7 +308,7 @@ func openPrepared(t testing.TB, databaseURL string) *database {
 
 func prepare(t testing.TB, d *database) {
 	t.Helper()
-	if err := d.prepare(t.Context(), slog.New(slog.DiscardHandler)); err != nil {
+	if err := d.start(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -392,7 +393,7 @@ func TestServerSettings(t *testing.T) {
 // only then: openDatabase, unlike open, tells nothing.
 func TestPoolerIsFoundOut(t *testing.T) {
 	t.Parallel()
-	d, err := openDatabase(sharedDatabaseURL())
+	d, err := openDatabase(sharedDatabaseURL(), slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -401,7 +402,7 @@ func TestPoolerIsFoundOut(t *testing.T) {
 		t.Errorf("a new database has %d connections, want none before it is needed", n)
 	}
 	prepare(t, d)
-	if err := d.ping(t.Context()); err != nil {
+	if err := d.check(t.Context()); err != nil {
 		t.Errorf("ping = %v", err)
 	}
 	if got, want := d.pooler.Load(), sharedDB.pooler.Load(); got != want {
@@ -438,7 +439,6 @@ func TestOneRoundTripARequest(t *testing.T) {
 		{"GET", api + task, "", 404, 1, nil},
 		{"PATCH", api + task, `{}`, 404, 1, nil},
 		{"DELETE", api + task, "", 404, 1, nil},
-		{"GET", "/health/ready", "", 200, 1, nil},
 
 		{"GET", "/health/live", "", 200, 0, nil},
 		{"GET", "/api/somebody-else/tasks", "", 403, 0, nil},
@@ -487,7 +487,7 @@ func TestBrokenConnectionsAreNoticed(t *testing.T) {
 		{"silent after idling, used by all", true, 1100 * time.Millisecond, nil},
 	} {
 		d, r := openOver(t)
-		connect(t, d, maxConns)
+		connect(t, d, defaultMaxConns)
 		start := time.Now()
 		if row.silent {
 			r.silence()
@@ -497,7 +497,7 @@ func TestBrokenConnectionsAreNoticed(t *testing.T) {
 		eventually(t, "idle time", func() bool { return time.Since(start) > row.idle })
 		start = time.Now()
 		use := func(repeatable bool) {
-			if _, err := query(t.Context(), d, repeatable, pgx.RowTo[int], `SELECT 1`); err != nil {
+			if _, err := query(t.Context(), d, retryPolicy(repeatable), pgx.RowTo[int], `SELECT 1`); err != nil {
 				t.Errorf("%s: %v, want the loss unnoticed", row.name, err)
 			}
 		}
@@ -505,12 +505,12 @@ func TestBrokenConnectionsAreNoticed(t *testing.T) {
 			use(repeatable)
 		}
 		var writes sync.WaitGroup
-		for range maxConns {
+		for range defaultMaxConns {
 			writes.Go(func() { use(false) })
 		}
 		writes.Wait()
 		if took := time.Since(start); took > 8*time.Second { // a ping and a close of a second each
-			t.Errorf("%s: %d lost connections took %v, want the time of one", row.name, maxConns, took)
+			t.Errorf("%s: %d lost connections took %v, want the time of one", row.name, defaultMaxConns, took)
 		}
 	}
 }
@@ -525,7 +525,7 @@ func TestDeadlineBeforeAStatement(t *testing.T) {
 		}
 	})
 	close(d.ready)
-	if _, err := query(ctx, d, false, pgx.RowTo[int], `SELECT 1`); !errors.Is(err, errUnavailable) {
+	if _, err := query(ctx, d, noRetry, pgx.RowTo[int], `SELECT 1`); !errors.Is(err, errUnavailable) {
 		t.Errorf("query that was not sent = %v, want %v", err, errUnavailable)
 	}
 }
@@ -549,7 +549,7 @@ func TestUnansweredDialEndsSoon(t *testing.T) {
 			defer conn.Close()
 		}
 	}
-	config, err := poolConfig("postgres://u:p@localhost/d")
+	config, _, err := poolConfig("postgres://u:p@localhost/d")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -583,7 +583,7 @@ func TestDeadlineEndsTheStatement(t *testing.T) {
 		defer cancel()
 		failed := make(chan error)
 		go func() {
-			_, err := query(ctx, sharedDB, row.repeatable, pgx.RowTo[int64], marker+row.sql, c.user, id)
+			_, err := query(ctx, sharedDB, retryPolicy(row.repeatable), pgx.RowTo[int64], marker+row.sql, c.user, id)
 			failed <- err
 		}()
 		eventually(t, "statement that is blocked", func() bool { return running() == 1 || ctx.Err() != nil })
@@ -697,7 +697,7 @@ func TestErrorsOfAStatement(t *testing.T) {
 		{"value of another type", `SELECT nextval('sent')::text || 'x'`, true, nil, "scan", 1},
 	} {
 		sqlExec(t, d.pool, `ALTER SEQUENCE sent RESTART`)
-		found, err := query(t.Context(), d, row.repeatable, func(r pgx.CollectableRow) (n int, err error) {
+		found, err := query(t.Context(), d, retryPolicy(row.repeatable), func(r pgx.CollectableRow) (n int, err error) {
 			return n, r.Scan(append([]any{&n}, make([]any, len(r.FieldDescriptions())-1)...)...)
 		}, row.sql)
 		code := ""
@@ -734,7 +734,7 @@ func TestErrorsBeforeAStatement(t *testing.T) {
 	write := func(patience time.Duration) error {
 		ctx, cancel := context.WithTimeout(t.Context(), patience)
 		defer cancel()
-		_, err := query(ctx, d, false, pgx.RowTo[int], `SELECT 1`)
+		_, err := query(ctx, d, noRetry, pgx.RowTo[int], `SELECT 1`)
 		return err
 	}
 	if err := write(100 * time.Millisecond); !errors.Is(err, errUnavailable) || d.pool.Stat().NewConnsCount() != 0 {
@@ -749,7 +749,7 @@ func TestErrorsBeforeAStatement(t *testing.T) {
 	if err := write(15 * time.Second); err != nil {
 		t.Errorf("a connection at the fourth try: %v, want none", err)
 	}
-	if n := d.failures.Load(); n != 0 {
+	if n := d.failures; n != 0 {
 		t.Errorf("%d failures are remembered beyond a success: the next connection would wait for them", n)
 	}
 	conn, err := d.acquire(t.Context())
@@ -760,7 +760,7 @@ func TestErrorsBeforeAStatement(t *testing.T) {
 	if err := write(100 * time.Millisecond); !errors.Is(err, errUnavailable) {
 		t.Errorf("all connections busy: %v, want %v", err, errUnavailable)
 	}
-	if err := write(15 * time.Second); !errors.Is(err, errUnavailable) || !strings.Contains(err.Error(), "busy for 5s") {
+	if err := write(15 * time.Second); !errors.Is(err, errUnavailable) || !strings.Contains(err.Error(), "busy for 10s") {
 		t.Errorf("all connections busy: %v, want %v, and the log to say so", err, errUnavailable)
 	}
 }
@@ -772,7 +772,7 @@ func TestInstancesStartTogether(t *testing.T) {
 		var instances sync.WaitGroup
 		start := make(chan struct{})
 		for range 8 {
-			d, err := openDatabase(u)
+			d, err := openDatabase(u, slog.New(slog.DiscardHandler))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -781,7 +781,7 @@ func TestInstancesStartTogether(t *testing.T) {
 				<-start
 				// migrate, so that no second try hides a race; the first finds out a pooler.
 				d.pooler.Store(sharedDB.pooler.Load())
-				if err := d.migrate(t.Context()); err != nil {
+				if err := d.migrate(t.Context(), time.Now().Add(startupTimeout)); err != nil {
 					t.Errorf("one of eight instances: %v", err)
 				}
 			})
@@ -790,8 +790,6 @@ func TestInstancesStartTogether(t *testing.T) {
 		instances.Wait()
 	}
 }
-
-const indexes = `SELECT count(*) FROM pg_indexes WHERE tablename = 'tasks'`
 
 // A database that has the schema is not touched: not even locks that exclude
 // everything keep an instance from starting.
@@ -807,100 +805,8 @@ func TestCurrentSchemaTakesOneRoundTrip(t *testing.T) {
 	before := r.trips.Load()
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
-	err := d.prepare(ctx, slog.New(slog.DiscardHandler))
+	err := d.start(ctx)
 	if n, sessions := r.trips.Load()-before, r.dials.Load(); err != nil || n != 1 || sessions != 1 {
 		t.Errorf("prepare a current database = %v after %d round trips in %d sessions, want 1 in 1", err, n, sessions)
-	}
-}
-
-func TestOldSchemaIsBroughtUpToDate(t *testing.T) {
-	t.Parallel()
-	u := ownDatabase(t)
-	d := openPrepared(t, u)
-	const mark = `SELECT obj_description('tasks'::regclass, 'pg_class')`
-	current, made := sqlValue[string](t, d.pool, mark), sqlValue[int](t, d.pool, indexes)
-	sqlExec(t, d.pool, `INSERT INTO tasks (user_id, title) VALUES ('u', 'kept')`)
-	sqlExec(t, d.pool, `DROP INDEX tasks_user_id_completed_id_idx`)
-	sqlExec(t, d.pool, `COMMENT ON TABLE tasks IS 'todo-app schema old'`)
-
-	// While somebody holds the lock, a start gives up after a while and may be repeated.
-	tx := begin(t, d)
-	sqlExec(t, tx, `SELECT pg_advisory_xact_lock($1)`, schemaLock)
-	next := open(t, u, func(*pgxpool.Config) {})
-	err := next.migrate(t.Context())
-	if pg, ok := errors.AsType[*pgconn.PgError](err); !ok || pg.Code != "55P03" || !transient(err) {
-		t.Errorf("migrate beside another = %v, want lock_timeout's 55P03, to be tried again", err)
-	}
-	tx.Rollback(t.Context())
-
-	prepare(t, next)
-	if got, want := sqlValue[string](t, next.pool, `SHOW lock_timeout`), sqlValue[string](t, sharedDB.pool, `SHOW lock_timeout`); got != want {
-		t.Errorf("lock_timeout = %s after the transaction, want %s again", got, want)
-	}
-	if got, n := sqlValue[string](t, d.pool, mark), sqlValue[int](t, d.pool, indexes); got != current || n != made {
-		t.Errorf("applied again: mark %q, %d indexes, want %q, %d", got, n, current, made)
-	}
-	if got := sqlValue[string](t, d.pool, `SELECT string_agg(user_id || title, ',') FROM tasks`); got != "ukept" {
-		t.Errorf("tasks after the schema was applied again: %q, want the one that was there", got)
-	}
-	if n := sqlValue[int](t, d.pool, `SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`); n != 0 {
-		t.Errorf("%d advisory locks outlive their transaction", n)
-	}
-}
-
-// The one that waited for another's lock looks again, and does not wait for writers to do nothing.
-func TestSecondStartHasNothingToDo(t *testing.T) {
-	t.Parallel()
-	u := ownDatabase(t)
-	d := openPrepared(t, u)
-	current := sqlValue[string](t, d.pool, `SELECT obj_description('tasks'::regclass, 'pg_class')`)
-	sqlExec(t, d.pool, `COMMENT ON TABLE tasks IS 'todo-app schema old'`)
-	first, writer := begin(t, d), begin(t, d)
-	sqlExec(t, first, `SELECT pg_advisory_xact_lock($1)`, schemaLock)
-	failed, second := make(chan error), open(t, u, func(*pgxpool.Config) {})
-	go func() { failed <- second.migrate(t.Context()) }()
-	eventually(t, "instance that waits for the lock", func() bool {
-		return sqlValue[bool](t, d.pool, `SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND objid = $1
-			AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))`, schemaLock)
-	})
-	sqlExec(t, writer, `INSERT INTO tasks (user_id, title) VALUES ('u', 'Milk')`)
-	sqlExec(t, first, `COMMENT ON TABLE tasks IS '`+current+`'`)
-	if err := first.Commit(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	if err := <-failed; err != nil {
-		t.Errorf("migrate after another instance did = %v, want nothing to do", err)
-	}
-}
-
-func TestForeignTableIsLeftAlone(t *testing.T) {
-	t.Parallel()
-	for _, sql := range []string{
-		`CREATE TABLE tasks AS SELECT 7 AS id, 'theirs' AS note`,
-		`CREATE TABLE tasks AS SELECT 7 AS id, 'theirs' AS note; COMMENT ON TABLE tasks IS 'ours, not yours'`,
-		`CREATE VIEW tasks AS SELECT 7 AS id, 'theirs' AS note`,
-	} {
-		d := open(t, ownDatabase(t), func(*pgxpool.Config) {})
-		sqlExec(t, d.pool, sql)
-		state := func() string {
-			return sqlValue[string](t, d.pool, `
-				SELECT (SELECT string_agg(row_to_json(tasks)::text, ',') FROM tasks) || relkind::text
-				    || COALESCE(obj_description(oid, 'pg_class'), 'no comment') || xmin || (`+indexes+`)
-				FROM pg_class
-				WHERE oid = 'tasks'::regclass`)
-		}
-		before, start := state(), time.Now()
-		err := d.prepare(t.Context(), slog.New(slog.DiscardHandler))
-		if err == nil || !strings.HasPrefix(err.Error(), "apply schema.sql: ") || time.Since(start) > 10*time.Second {
-			t.Errorf("%s: prepare = %v after %v, want the schema refused at once", sql, err, time.Since(start))
-		}
-		if after := state(); after != before {
-			t.Errorf("%s: was %s, is %s, want it untouched", sql, before, after)
-		}
-		select {
-		case <-d.ready:
-			t.Errorf("%s: the requests are let go", sql)
-		default:
-		}
 	}
 }

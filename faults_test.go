@@ -423,19 +423,19 @@ func TestNothingIsLost(t *testing.T) {
 		leastDials, mostDials int64
 		fault                 func(t *testing.T, r *relay, tick int)
 	}{
-		{"connections cut again and again", false, false, 2 * maxConns, 400, func(_ *testing.T, r *relay, tick int) {
+		{"connections cut again and again", false, false, 2 * defaultMaxConns, 400, func(_ *testing.T, r *relay, tick int) {
 			if tick%6 == 0 { // or a busy machine never gets through a TLS and SCRAM handshake
 				r.cut()
 			}
 		}},
-		{"connections terminated again and again", false, false, 2 * maxConns, 400, func(t *testing.T, r *relay, tick int) {
+		{"connections terminated again and again", false, false, 2 * defaultMaxConns, 400, func(t *testing.T, r *relay, tick int) {
 			if tick%6 == 0 {
 				r.terminate(t)
 			}
 		}},
-		{"requests lost", false, false, 2 * maxConns, 1500, func(_ *testing.T, r *relay, _ int) { r.loseRequests.Store(2) }},
-		{"answers lost", false, false, 2 * maxConns, 1500, func(_ *testing.T, r *relay, _ int) { r.loseAnswers.Store(2) }},
-		{"database restarts", true, false, 2 * maxConns, 400, func(_ *testing.T, r *relay, tick int) {
+		{"requests lost", false, false, 2 * defaultMaxConns, 1500, func(_ *testing.T, r *relay, _ int) { r.loseRequests.Store(2) }},
+		{"answers lost", false, false, 2 * defaultMaxConns, 1500, func(_ *testing.T, r *relay, _ int) { r.loseAnswers.Store(2) }},
+		{"database restarts", true, false, 2 * defaultMaxConns, 400, func(_ *testing.T, r *relay, tick int) {
 			switch tick { // far apart, or a slow machine has one request meet two restarts
 			case 0, 50:
 				r.down.Store(true)
@@ -444,7 +444,7 @@ func TestNothingIsLost(t *testing.T) {
 				r.down.Store(false)
 			}
 		}},
-		{"pooler restarts", true, false, 2 * maxConns, 500, func(_ *testing.T, r *relay, tick int) {
+		{"pooler restarts", true, false, 2 * defaultMaxConns, 500, func(_ *testing.T, r *relay, tick int) {
 			switch tick % 30 {
 			case 0:
 				r.down.Store(true)
@@ -453,7 +453,7 @@ func TestNothingIsLost(t *testing.T) {
 				r.down.Store(false)
 			}
 		}},
-		{"network stalls", true, false, 1, 3 * maxConns, func(_ *testing.T, r *relay, tick int) {
+		{"network stalls", true, false, 1, 3 * defaultMaxConns, func(_ *testing.T, r *relay, tick int) {
 			switch tick % 40 {
 			case 0:
 				r.stalled.Store(true)
@@ -461,7 +461,7 @@ func TestNothingIsLost(t *testing.T) {
 				r.stalled.Store(false)
 			}
 		}},
-		{"clients leave", false, true, 1, maxConns, func(_ *testing.T, r *relay, _ int) { r.delay.Store(int64(20 * time.Millisecond)) }},
+		{"clients leave", false, true, 1, defaultMaxConns, func(_ *testing.T, r *relay, _ int) { r.delay.Store(int64(20 * time.Millisecond)) }},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			d, r := openOver(t)
@@ -538,7 +538,7 @@ func TestSilentPeer(t *testing.T) {
 	l := newLedger(t, newService(t, d), r.name)
 	l.run()
 	r.silence()
-	eventually(t, "sight of the loss", func() bool { return r.dials.Load() > 2*maxConns })
+	eventually(t, "sight of the loss", func() bool { return r.dials.Load() > 2*defaultMaxConns })
 	l.end()
 	start := time.Now()
 	if a := l.users[0].do("GET", "", ""); a.status != 200 || time.Since(start) > 5*time.Second {
@@ -559,7 +559,7 @@ func TestSilentPeerFreesItsPlaces(t *testing.T) {
 	var statements sync.WaitGroup
 	for range 3 {
 		statements.Go(func() {
-			if _, err := query(ctx, d, false, pgx.RowTo[int], `SELECT 1`); !errors.Is(err, errUnavailable) {
+			if _, err := query(ctx, d, noRetry, pgx.RowTo[int], `SELECT 1`); !errors.Is(err, errUnavailable) {
 				t.Errorf("a statement without an answer = %v, want %v", err, errUnavailable)
 			}
 		})
@@ -626,13 +626,13 @@ func TestLongRestart(t *testing.T) {
 				eventually(t, "idle time", func() bool { return time.Since(idle) > 1100*time.Millisecond })
 			}
 			row.away(r)
-			time.AfterFunc(poolPatience+2*time.Second, r.heal)
+			time.AfterFunc(acquireTimeout+2*time.Second, r.heal)
 			var requests sync.WaitGroup
 			for method, status := range map[string]int{"GET": 200, "POST": 201} {
 				requests.Go(func() {
 					start := time.Now()
 					a, err := c.try(method, "/api/"+c.user+"/tasks", map[string]string{"POST": `{"title": "patient"}`}[method])
-					if took := time.Since(start); err != nil || a.status != status || took < poolPatience {
+					if took := time.Since(start); err != nil || a.status != status || took < acquireTimeout {
 						t.Errorf("%s = %d %s %v after %v, want %d after the restart", method, a.status, a.body, err, took, status)
 					}
 				})
@@ -651,7 +651,7 @@ func TestPause(t *testing.T) {
 			least, most := longest, time.Duration(0)
 			for range 1000 {
 				start := time.Now()
-				if !pause(t.Context(), try+1) {
+				if !backoff(t.Context(), try+1) {
 					t.Fatal("the context ended")
 				}
 				least, most = min(least, time.Since(start)), max(most, time.Since(start))
@@ -662,12 +662,8 @@ func TestPause(t *testing.T) {
 		}
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
-		if pause(ctx, 1) {
+		if backoff(ctx, 1) {
 			t.Error("a pause does not end with its context")
-		}
-		start := time.Now()
-		if !pause(t.Context(), 0) || time.Since(start) > 0 {
-			t.Error("a pause without a failure")
 		}
 	})
 }
@@ -682,22 +678,22 @@ func TestExhaustedPool(t *testing.T) {
 	tx := begin(t, sharedDB)
 	sqlExec(t, tx, `SELECT FROM tasks WHERE user_id = $1 FOR UPDATE`, c.user)
 	var blocked sync.WaitGroup
-	for range maxConns {
+	for range defaultMaxConns {
 		blocked.Go(func() {
 			if a, err := c.try("PATCH", path, `{}`); err != nil || a.status != 200 {
 				t.Errorf("blocked for 5 s = %d %s %v, want 200", a.status, a.body, err)
 			}
 		})
 	}
-	eventually(t, "fifteen statements under way", func() bool { return d.pool.Stat().AcquiredConns() == maxConns })
+	eventually(t, "fifteen statements under way", func() bool { return d.pool.Stat().AcquiredConns() == defaultMaxConns })
 	var late sync.WaitGroup
 	for range 30 {
 		late.Go(func() {
 			start := time.Now()
 			a, err := c.try("GET", path, "")
 			took := time.Since(start)
-			if err != nil || a.status != http.StatusServiceUnavailable || a.header.Get("Retry-After") == "" || took > poolPatience+3*time.Second {
-				t.Errorf("beside fifteen blocked = %d %s %v after %v, want 503 after %v", a.status, a.body, err, took, poolPatience)
+			if err != nil || a.status != http.StatusServiceUnavailable || a.header.Get("Retry-After") == "" || took > acquireTimeout+3*time.Second {
+				t.Errorf("beside fifteen blocked = %d %s %v after %v, want 503 after %v", a.status, a.body, err, took, acquireTimeout)
 			}
 		})
 	}
@@ -713,8 +709,8 @@ func TestExhaustedPool(t *testing.T) {
 	if a := c.send("GET", path, ""); a.status != 200 {
 		t.Errorf("afterwards = %d %s, want 200", a.status, a.body)
 	}
-	if dials := r.dials.Load(); dials > maxConns {
-		t.Errorf("%d connections, want no more than %d", dials, maxConns)
+	if dials := r.dials.Load(); dials > defaultMaxConns {
+		t.Errorf("%d connections, want no more than %d", dials, defaultMaxConns)
 	}
 }
 

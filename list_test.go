@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"encoding/json"
 	"fmt"
+	"log/slog"
 	"math"
 	"net/url"
 	"reflect"
@@ -205,22 +206,32 @@ func TestRefusedQueries(t *testing.T) {
 	}
 }
 
-// A statementTracer keeps what the service asked the database about tasks.
+// A statementTracer keeps the statements about tasks that the service sent. It is set as the Tracer
+// of a configuration before newTracedDatabase.
 type statementTracer struct {
+	*database
 	mu    sync.Mutex
 	asked []pgx.TraceQueryStartData
 }
 
-func (s *statementTracer) TraceQueryStart(ctx context.Context, _ *pgx.Conn, data pgx.TraceQueryStartData) context.Context {
+func (s *statementTracer) TraceQueryStart(ctx context.Context, conn *pgx.Conn, data pgx.TraceQueryStartData) context.Context {
 	if strings.Contains(data.SQL, "tasks") && !strings.Contains(data.SQL, "EXPLAIN") {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		s.asked = append(s.asked, data)
 	}
-	return ctx
+	return s.database.TraceQueryStart(ctx, conn, data)
 }
 
-func (*statementTracer) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQueryEndData) {}
+// newTracedDatabase is newDatabase with a log that is discarded.
+func newTracedDatabase(config *pgxpool.Config) (*database, error) {
+	tracer, ok := config.ConnConfig.Tracer.(*statementTracer)
+	d, err := newDatabase(config, slog.New(slog.DiscardHandler))
+	if ok {
+		tracer.database, config.ConnConfig.Tracer = d, tracer
+	}
+	return d, err
+}
 
 // A plan is a node of what EXPLAIN (FORMAT JSON) says.
 type plan struct {

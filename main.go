@@ -47,6 +47,7 @@ const (
 	memoryLimit = 100 << 20
 
 	maxHeader = 64<<10 - 4<<10 // bytes; net/http grants 4 KiB more
+	maxLogged = 2 << 10        // bytes of a text that a client or a statement decides, in the log
 	maxBody   = 64 << 10       // bytes; four times the largest sensible task
 
 	// Cloud Run kills 10 s after SIGTERM. Reckoned from the signal:
@@ -56,8 +57,12 @@ const (
 )
 
 func main() {
-	debug.SetGCPercent(gcPercent)
-	debug.SetMemoryLimit(memoryLimit)
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(gcPercent)
+	}
+	if os.Getenv("GOMEMLIMIT") == "" {
+		debug.SetMemoryLimit(memoryLimit)
+	}
 	if err := run(context.Background(), os.Args[1:], os.Getenv, os.Stdout); err != nil {
 		out := os.Stdout
 		if len(os.Args) > 1 {
@@ -68,42 +73,73 @@ func main() {
 	}
 }
 
-// run serves until ctx is done or a signal comes, or prints a token. An error
-// before it serves names the setting that is missing or bad.
+// run serves until ctx is done or a signal arrives, prints a token, or applies the schema. An error
+// before it serves names the setting that is missing or invalid.
 func run(ctx context.Context, args []string, getenv func(string) string, stdout io.Writer) error {
-	auth, err := newAuthenticator(getenv("BETTER_AUTH_SECRET"), getenv("BETTER_AUTH_SECRETS"), getenv("JWT_AUDIENCE"), getenv("JWT_ISSUER"))
-	if err != nil {
-		return err
-	}
-	if len(args) == 2 && args[0] == "token" {
+	command := strings.Join(args[:min(len(args), 1)], "")
+	switch {
+	case command == "" || command == "migrate" && len(args) == 1:
+	case command == "token" && len(args) == 2:
+		auth, err := readAuth(getenv)
+		if err != nil {
+			return err
+		}
 		token, err := auth.sign(args[1])
 		if err == nil {
 			_, err = fmt.Fprintln(stdout, token)
 		}
 		return err
-	}
-	if len(args) > 0 {
-		return errors.New("usage: todo-app serves; todo-app token USER_ID prints a token for an hour")
+	default:
+		return errors.New("usage: todo-app serves; todo-app migrate applies the schema; " +
+			"todo-app token USER_ID prints a token that is valid for an hour")
 	}
 	levels := map[string]slog.Level{"debug": slog.LevelDebug, "": slog.LevelInfo, "info": slog.LevelInfo, "warn": slog.LevelWarn, "error": slog.LevelError}
 	level, ok := levels[strings.ToLower(getenv("LOG_LEVEL"))]
 	if !ok {
 		return errors.New("LOG_LEVEL must be debug, info, warn or error")
 	}
+	log := newLogger(stdout, level)
+	if command == "migrate" {
+		db, err := openDatabase(getenv("DATABASE_URL"), log)
+		if err != nil {
+			return err
+		}
+		defer db.pool.Close()
+		ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
+		defer stop()
+		return db.start(ctx)
+	}
+	auth, err := readAuth(getenv)
+	if err != nil {
+		return err
+	}
 	origins, err := corsOrigins(getenv("CORS_ORIGINS"))
 	if err != nil {
 		return err
 	}
-	config, err := poolConfig(getenv("DATABASE_URL"))
+	db, err := openDatabase(getenv("DATABASE_URL"), log)
 	if err != nil {
 		return err
 	}
-	db, err := newDatabase(config)
-	if err != nil {
-		return err
-	}
-	s := newServer(auth, db, newLogger(stdout, level), origins, getenv("GOOGLE_CLOUD_PROJECT"))
+	s := newServer(auth, db, log, origins, getenv("GOOGLE_CLOUD_PROJECT"))
 	return s.serve(ctx, cmp.Or(getenv("PORT"), "8080"), getenv("METRICS_PORT"))
+}
+
+func readAuth(getenv func(string) string) (*authenticator, error) {
+	return newAuthenticator(getenv("BETTER_AUTH_SECRET"), getenv("BETTER_AUTH_SECRETS"),
+		getenv("JWT_AUDIENCE"), getenv("JWT_ISSUER"))
+}
+
+// openDatabase logs a WARNING for the parameters of the connection string that are ignored.
+func openDatabase(databaseURL string, log *slog.Logger) (*database, error) {
+	config, ignored, err := poolConfig(databaseURL)
+	if err != nil {
+		return nil, err
+	}
+	if ignored != "" {
+		log.Warn(ignored)
+	}
+	return newDatabase(config, log)
 }
 
 // corsOrigins splits the setting CORS_ORIGINS into origins as browsers send them.
@@ -204,13 +240,15 @@ func (s *server) serve(ctx context.Context, port, metricsPort string) error {
 	}
 	s.log.Info("listening", "port", port)
 	go func() {
-		if err := s.db.prepare(ctx, s.log); err != nil && ctx.Err() == nil {
+		if err := s.db.start(ctx); err != nil && ctx.Err() == nil {
 			failed <- err
 		}
 	}()
 
 	select {
 	case err = <-failed:
+		s.cancel()
+	case err = <-s.db.failed:
 		s.cancel()
 	case <-ctx.Done():
 	}
@@ -372,7 +410,8 @@ type endpoint func(ctx context.Context, w http.ResponseWriter, r *http.Request) 
 // handle makes a handler of an endpoint, for ServeHTTP, and its error or panic the answer.
 func (s *server) handle(e endpoint) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		ctx, cancel := context.WithTimeout(s.work, requestTimeout)
+		ctx, _ := withTrace(s.work)
+		ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 		defer cancel()
 		answer := w.(*response)
 		defer func() {
@@ -561,11 +600,11 @@ func (s *server) live(_ context.Context, w http.ResponseWriter, _ *http.Request)
 	return writeJSON(w, http.StatusOK, map[string]string{"status": "alive"})
 }
 
-// ready answers whether the database does, too; for people and smoke tests.
+// ready answers whether the database can serve; for people and smoke tests.
 func (s *server) ready(ctx context.Context, w http.ResponseWriter, _ *http.Request) error {
 	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
 	defer cancel()
-	if err := s.db.ping(ctx); err != nil {
+	if err := s.db.check(ctx); err != nil {
 		return err
 	}
 	return writeJSON(w, http.StatusOK, map[string]string{"status": "ready"})
@@ -628,4 +667,12 @@ func (s *server) metrics(w http.ResponseWriter, _ *http.Request) {
 		fmt.Fprintf(text, "# HELP %s %s\n# TYPE %s %s\n%s %g\n", m.name, m.help, m.name, m.kind, m.name, m.value)
 	}
 	write(w, http.StatusOK, "text/plain; version=0.0.4; charset=utf-8", text.Bytes())
+}
+
+// truncate returns the first bytes of text that are whole characters, n at most.
+func truncate(text string, n int) string {
+	if len(text) <= n {
+		return text
+	}
+	return strings.ToValidUTF8(text[:n], "")
 }

@@ -377,7 +377,7 @@ func TestUnreachableDatabase(t *testing.T) {
 
 func TestDatabaseComesUpLater(t *testing.T) {
 	t.Parallel()
-	config, err := poolConfig(os.Getenv("DATABASE_URL"))
+	config, _, err := poolConfig(os.Getenv("DATABASE_URL"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -392,13 +392,13 @@ func TestDatabaseComesUpLater(t *testing.T) {
 		}
 		return dial(ctx, network, address)
 	}
-	db, err := newDatabase(config)
+	db, err := newDatabase(config, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer db.pool.Close()
 	prepared := make(chan error, 1)
-	go func() { prepared <- db.prepare(t.Context(), slog.New(slog.DiscardHandler)) }()
+	go func() { prepared <- db.start(t.Context()) }()
 	service := httptest.NewServer(newServer(sharedAuth, db, slog.New(slog.DiscardHandler), nil, ""))
 	defer service.Close()
 	c := newClientOf(t, service.URL, "test-"+rand.Text())

@@ -67,19 +67,6 @@ func scanTask(row pgx.CollectableRow) (t task, err error) {
 	return t, err
 }
 
-// one returns the only row of a statement that finds one or none: somebody
-// else's task is none.
-func one[T any](found []T, err error) (T, error) {
-	if err == nil && len(found) == 0 {
-		err = errNoTask
-	}
-	if err != nil {
-		var none T
-		return none, err
-	}
-	return found[0], nil
-}
-
 // etag is the task's version: no two updates of a task share a microsecond.
 func (t task) etag() string {
 	return `"` + strconv.FormatInt(time.Time(t.UpdatedAt).UnixMicro(), 10) + `"`
@@ -239,14 +226,14 @@ func (d *database) insert(ctx context.Context, user string, c change, key *strin
 	}
 	// DO UPDATE, though it changes nothing: DO NOTHING would return no row, and the statement's snapshot lacks the
 	// row of a request that ran beside it. Only a row that was there before has an xmax.
-	t, err = one(query(ctx, d, key != nil, scan, `
-		INSERT INTO tasks (user_id, title, description, completed, idempotency_key, request_hash)
+	t, err = queryRow(ctx, d, retryPolicy(key != nil), scan, `
+		INSERT INTO public.tasks (user_id, title, description, completed, idempotency_key, request_hash)
 		VALUES (@user, @title, @description, @completed, @key, @hash)
 		ON CONFLICT (user_id, idempotency_key) WHERE idempotency_key IS NOT NULL
 		DO UPDATE SET idempotency_key = tasks.idempotency_key
 		RETURNING `+columns+`, xmax <> 0, request_hash IS NOT DISTINCT FROM @hash`,
 		pgx.StrictNamedArgs{"user": user, "title": c.title, "description": c.description,
-			"completed": c.completed, "key": key, "hash": hash}))
+			"completed": c.completed, "key": key, "hash": hash})
 	if err == nil && !same {
 		err = errKeyReused
 	}
@@ -332,17 +319,17 @@ func (s *server) listTasks(ctx context.Context, w http.ResponseWriter, r *http.R
 // the planner would at times filter a user's whole history, or sort it.
 func (d *database) list(ctx context.Context, user string, p page) ([]task, error) {
 	if p.completed == nil {
-		return query(ctx, d, true, scanTask, `
+		return query(ctx, d, retry, scanTask, `
 			SELECT `+columns+`
-			FROM tasks
+			FROM public.tasks
 			WHERE (user_id, id) BETWEEN ($1, 1) AND ($1, $2)
 			ORDER BY user_id DESC, id DESC
 			LIMIT $3 OFFSET $4`,
 			user, p.before-1, p.limit+1, p.offset)
 	}
-	return query(ctx, d, true, scanTask, `
+	return query(ctx, d, retry, scanTask, `
 		SELECT `+columns+`
-		FROM tasks
+		FROM public.tasks
 		WHERE (user_id, completed, id) BETWEEN ($1, $5, 1) AND ($1, $5, $2)
 		ORDER BY user_id DESC, completed DESC, id DESC
 		LIMIT $3 OFFSET $4`,
@@ -352,10 +339,10 @@ func (d *database) list(ctx context.Context, user string, p page) ([]task, error
 // count returns the number of the user's tasks, or of those that are completed
 // or not.
 func (d *database) count(ctx context.Context, user string, completed *bool) (int64, error) {
-	return one(query(ctx, d, true, pgx.RowTo[int64], `
+	return queryRow(ctx, d, retry, pgx.RowTo[int64], `
 		SELECT count(*)
-		FROM tasks
-		WHERE user_id = $1 AND ($2::boolean IS NULL OR completed = $2)`, user, completed))
+		FROM public.tasks
+		WHERE user_id = $1 AND ($2::boolean IS NULL OR completed = $2)`, user, completed)
 }
 
 func (s *server) getTask(ctx context.Context, w http.ResponseWriter, r *http.Request, at target) error {
@@ -373,10 +360,10 @@ func (s *server) getTask(ctx context.Context, w http.ResponseWriter, r *http.Req
 }
 
 func (d *database) get(ctx context.Context, at target) (task, error) {
-	return one(query(ctx, d, true, scanTask, `
+	return queryRow(ctx, d, retry, scanTask, `
 		SELECT `+columns+`
-		FROM tasks
-		WHERE user_id = $1 AND id = $2`, at.user, at.id))
+		FROM public.tasks
+		WHERE user_id = $1 AND id = $2`, at.user, at.id)
 }
 
 func (s *server) updateTask(ctx context.Context, w http.ResponseWriter, r *http.Request, at target) error {
@@ -414,7 +401,7 @@ func (s *server) completeTask(ctx context.Context, w http.ResponseWriter, r *htt
 // goes back.
 func (d *database) update(ctx context.Context, at target, match []string, c change) (task, error) {
 	return d.apply(ctx, at, match, `
-		UPDATE tasks
+		UPDATE public.tasks
 		SET title = COALESCE(@title, title),
 		    description = CASE WHEN @describe::boolean THEN @description ELSE description END,
 		    completed = COALESCE(@completed, completed <> @toggle),
@@ -432,7 +419,7 @@ func (s *server) deleteTask(ctx context.Context, w http.ResponseWriter, r *http.
 }
 
 func (d *database) delete(ctx context.Context, at target, match []string) error {
-	_, err := d.apply(ctx, at, match, `DELETE FROM tasks`, pgx.StrictNamedArgs{})
+	_, err := d.apply(ctx, at, match, `DELETE FROM public.tasks`, pgx.StrictNamedArgs{})
 	return err
 }
 
@@ -440,10 +427,10 @@ func (d *database) delete(ctx context.Context, at target, match []string) error 
 // any, and returns the task; errChanged if it has another.
 func (d *database) apply(ctx context.Context, at target, match []string, statement string, args pgx.StrictNamedArgs) (task, error) {
 	args["user"], args["id"], args["match"] = at.user, at.id, match
-	t, err := one(query(ctx, d, false, scanTask, statement+`
+	t, err := queryRow(ctx, d, noRetry, scanTask, statement+`
 		WHERE user_id = @user AND id = @id
 		  AND (@match::text[] IS NULL OR '"' || (extract(epoch FROM updated_at) * 1000000)::bigint || '"' = ANY (@match))
-		RETURNING `+columns, args))
+		RETURNING `+columns, args)
 	if errors.Is(err, errNoTask) && match != nil {
 		if _, err = d.get(ctx, at); err == nil {
 			err = errChanged

@@ -56,8 +56,8 @@ func TestMain(m *testing.M) {
 
 func testMain(m *testing.M) int {
 	var err error
-	if sharedDB, err = openDatabase(os.Getenv("DATABASE_URL")); err == nil {
-		err = sharedDB.prepare(context.Background(), slog.New(slog.DiscardHandler))
+	if sharedDB, err = openDatabase(os.Getenv("DATABASE_URL"), slog.New(slog.DiscardHandler)); err == nil {
+		err = sharedDB.start(context.Background())
 	}
 	if err != nil {
 		fmt.Println("the tests' database:", err)
@@ -72,14 +72,6 @@ func testMain(m *testing.M) int {
 	defer service.Close()
 	sharedURL = service.URL
 	return m.Run()
-}
-
-func openDatabase(databaseURL string) (*database, error) {
-	config, err := poolConfig(databaseURL)
-	if err != nil {
-		return nil, err
-	}
-	return newDatabase(config)
 }
 
 // A wireTask is what a client decodes: written out again, so that a change of
