@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -32,14 +33,19 @@ func TestAbuse(t *testing.T) {
 	}
 	for _, row := range []struct {
 		name    string
-		text    func(c *client) string
-		trickle bool   // a byte from time to time
-		answers string // statuses that each gets before it is cut
+		text    func(c *client) string // of a connection of its own user
+		trickle bool                   // a byte from time to time
+		answers string                 // statuses that each gets before it is cut
 	}{
 		{"slow headers", func(*client) string { return head + "X-Slow: " }, true, ""},
 		{"slow bodies", func(c *client) string { return c.post(`{"title":`, "Content-Length: 65536") }, true, "408"},
 		{"huge headers", func(*client) string { return head + "X-Large: " + strings.Repeat("x", 1<<20) }, false, "431"},
-		{"many headers", func(*client) string { return head + strings.Repeat("X: 1\r\n", 10<<10) }, false, ""},
+		{"many headers", func(*client) string { return head + strings.Repeat("X: 1\r\n", 10<<10) }, false, "431"},
+		{"many header names", func(*client) string { return head + names(10_000) }, false, "431"},
+		{"unfinished header names", func(*client) string { return head + names(2_000) + "X-Slow: " }, true, ""},
+		{"header names, and no token and no body", func(c *client) string {
+			return "POST /api/x/tasks HTTP/1.1\r\nHost: todo\r\nContent-Length: 100\r\n" + names(2_000) + "\r\n"
+		}, false, "401"},
 		{"garbage pipelined", func(*client) string { return strings.Repeat(head+"\r\n", pipelined) + "\x00\xff\r\n\r\n" }, false,
 			strings.Repeat("200 ", pipelined) + "400"},
 	} {
@@ -48,11 +54,13 @@ func TestAbuse(t *testing.T) {
 			p := startProcess(t, "LOG_LEVEL=error")
 			p.waitLive()
 			c := newClientOf(t, p.url, "test-"+rand.Text())
-			text := row.text(c)
 			var abusers sync.WaitGroup
 			var whole, wrong atomic.Int64
 			for range crowd {
 				conn := raw(t, p.url, "")
+				abuser := &client{t: t, user: "test-" + rand.Text()}
+				abuser.authorization = authorization(t, abuser.user)
+				text := row.text(abuser)
 				start := time.Now()
 				abusers.Go(func() {
 					defer conn.Close()
@@ -88,18 +96,25 @@ func TestAbuse(t *testing.T) {
 				abusers.Wait()
 				close(done)
 			}()
+			var waits []time.Duration
 			for {
 				start := time.Now()
 				if a, err := c.try("GET", "/api/"+c.user+"/tasks", ""); err != nil || a.status != 200 || time.Since(start) > patience {
 					t.Errorf("meanwhile a list = %d %s %v after %v, want 200 within %v", a.status, a.body, err, time.Since(start), patience)
 				}
+				waits = append(waits, time.Since(start))
 				select {
 				case <-done:
 					if n := whole.Load(); n < crowd/2 {
 						t.Errorf("%d of %d were answered %q", n, crowd, row.answers)
 					}
-					if peak := p.memory("VmHWM"); peak > 200<<20 {
-						t.Errorf("%d bytes of memory, want 200 MiB at most", peak)
+					if peak := p.memory("VmHWM"); peak > 128<<20 {
+						t.Errorf("%d bytes of memory, want 128 MiB at most", peak)
+					}
+					slices.Sort(waits)
+					t.Logf("a list of another user took %v, median of %d", waits[len(waits)/2], len(waits))
+					if median := waits[len(waits)/2]; len(waits) >= 20 && median > 100*time.Millisecond && !underRace() {
+						t.Errorf("a list of another user took %v, median of %d, want 100 ms at most", median, len(waits))
 					}
 					return
 				case <-time.After(20 * time.Millisecond):
@@ -107,6 +122,15 @@ func TestAbuse(t *testing.T) {
 			}
 		})
 	}
+}
+
+// names returns n header lines with names of two or three letters, all different.
+func names(n int) string {
+	var b strings.Builder
+	for i := range n {
+		fmt.Fprintf(&b, "%s:\n", strconv.FormatInt(int64(36+i), 36))
+	}
+	return b.String()
 }
 
 // FuzzHandler sends any request to the whole handler, with the token of a user

@@ -7,7 +7,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 	"unicode/utf8"
 
@@ -15,47 +14,42 @@ import (
 )
 
 const (
-	minSecret     = 32               // bytes; RFC 7518, 3.2: a key no shorter than the hash
-	maxSubject    = 512              // bytes; schema.sql holds user_id to the same
-	clockLeeway   = 30 * time.Second // between the front end's clock and ours
-	tokenLifetime = time.Hour        // of the tokens that `todo-app token` makes
+	minSecret     = 32               // bytes; RFC 7518, section 3.2: a key at least as long as the hash
+	maxSubject    = 512              // bytes; also a CHECK in schema.sql
+	clockLeeway   = 30 * time.Second // between the front end's clock and this one
+	tokenLifetime = time.Hour        // of the tokens that `todo-app token` prints
 	year10000     = 253402300800     // seconds since 1970
-	maxKnown      = 1000             // tokens that are remembered
-	maxKnownSize  = 1000             // bytes; a longer token is not
 )
 
-// An authenticator verifies the HS256 tokens (RFC 7519) that the front end
-// signs with Better Auth's secret. It knows no user but the one in a token's sub.
+// An authenticator verifies the HS256 tokens (RFC 7519) that the front end signs with Better Auth's
+// secret. It keeps nothing about users: the user of a request is the sub of its token.
 type authenticator struct {
 	keys             jwt.VerificationKeySet // the first one signs
 	parser           *jwt.Parser
-	validator        *jwt.Validator // of the claims alone
-	audience, issuer string         // required of a token unless ""
-
-	mu    sync.Mutex
-	known map[string]jwt.MapClaims // by token; its signature was verified before
+	audience, issuer string   // required in a token unless ""
+	warnings         []string // about the secrets, without any part of them
 }
 
-// newAuthenticator takes the settings BETTER_AUTH_SECRET, BETTER_AUTH_SECRETS
-// (Better Auth's "2:new,1:old"), JWT_AUDIENCE and JWT_ISSUER, "" where unset.
-// Its errors name the setting and show no secret.
+// newAuthenticator takes the values of BETTER_AUTH_SECRET, BETTER_AUTH_SECRETS (Better Auth's
+// rotation list, 2:new,1:old), JWT_AUDIENCE and JWT_ISSUER, each "" if it is not set. Its errors name
+// the setting and contain no part of a secret.
 func newAuthenticator(secret, secrets, audience, issuer string) (*authenticator, error) {
-	a := &authenticator{audience: audience, issuer: issuer, known: map[string]jwt.MapClaims{}}
+	a := &authenticator{audience: audience, issuer: issuer}
 	if secret == "" && secrets == "" {
-		return nil, errors.New("BETTER_AUTH_SECRET is not set: it takes the secret that the Next.js side has under the same name")
+		return nil, errors.New("BETTER_AUTH_SECRET is not set: set it to the secret of the same name on the Next.js side")
 	}
 	if secret != "" {
-		if err := a.addKey(secret); err != nil { // as it is: not decoded, not trimmed
-			return nil, fmt.Errorf("BETTER_AUTH_SECRET %w", err)
+		if err := a.addKey("BETTER_AUTH_SECRET", secret); err != nil { // as it is: not decoded, not trimmed
+			return nil, err
 		}
 	}
 	if secrets != "" {
-		if err := a.addKeys(secrets); err != nil {
-			return nil, fmt.Errorf("BETTER_AUTH_SECRETS %w", err)
+		if err := a.addKeys("BETTER_AUTH_SECRETS", secrets); err != nil {
+			return nil, err
 		}
 	}
 	options := []jwt.ParserOption{
-		jwt.WithValidMethods([]string{jwt.SigningMethodHS256.Name}), // or HS512 would pass with the same secret
+		jwt.WithValidMethods([]string{jwt.SigningMethodHS256.Name}), // or HS512 with the same secret would pass
 		jwt.WithExpirationRequired(),
 		jwt.WithLeeway(clockLeeway),
 		jwt.WithStrictDecoding(),
@@ -66,49 +60,74 @@ func newAuthenticator(secret, secrets, audience, issuer string) (*authenticator,
 	if issuer != "" {
 		options = append(options, jwt.WithIssuer(issuer))
 	}
-	a.parser, a.validator = jwt.NewParser(options...), jwt.NewValidator(options...)
+	a.parser = jwt.NewParser(options...)
 	return a, nil
 }
 
-// addKeys takes a rotation list, the current secret first. It is as strict as
-// Better Auth, and takes digits alone for a version.
-func (a *authenticator) addKeys(list string) error {
+// addKeys adds the secrets of a rotation list, the current one first. Like Better Auth it trims
+// white space around versions and secrets; a version must be digits.
+func (a *authenticator) addKeys(setting, list string) error {
 	seen := map[uint64]bool{}
 	for i, entry := range strings.Split(list, ",") {
 		version, secret, _ := strings.Cut(entry, ":")
 		n, err := strconv.ParseUint(strings.TrimSpace(version), 10, 64)
 		if err != nil || seen[n] {
-			return fmt.Errorf("must be a list like 2:new,1:old; entry %d has no version, or that of another", i+1)
+			return fmt.Errorf("%s must be a list like 2:new,1:old; entry %d has no version, or the version of another entry",
+				setting, i+1)
 		}
 		seen[n] = true
-		if err := a.addKey(strings.TrimSpace(secret)); err != nil {
-			return fmt.Errorf("entry %d %w", i+1, err)
+		if err := a.addKey(fmt.Sprintf("%s entry %d", setting, i+1), strings.TrimSpace(secret)); err != nil {
+			return err
 		}
 	}
 	return nil
 }
 
-// addKey refuses what anybody could guess. golang-jwt would verify with an empty key.
-func (a *authenticator) addKey(secret string) error {
-	// What Better Auth falls back to where no secret is set: up to 1.3, and since.
-	defaults := []string{"better-auth-secret-123456789", "better-auth-secret-12345678901234567890"}
+// addKey adds a secret, and rejects one that is public or too short. golang-jwt would verify with an
+// empty key. A secret that is probably not meant as it is gets a warning.
+func (a *authenticator) addKey(setting, secret string) error {
+	public := []string{
+		"better-auth-secret-123456789",                     // Better Auth's default up to 1.3
+		"better-auth-secret-12345678901234567890",          // and since
+		"only-for-development-the-secret-of-with-postgres", // of with-postgres, in earlier releases
+	}
+	const remedy = "make one with `openssl rand -base64 32`"
 	switch {
-	case slices.Contains(defaults, secret):
-		return errors.New("is Better Auth's public default: set one of your own, `openssl rand -base64 32` makes it")
+	case slices.Contains(public, strings.TrimSpace(secret)):
+		return fmt.Errorf("%s is a published default: %s", setting, remedy)
 	case len(secret) < minSecret:
-		return fmt.Errorf("has fewer than %d bytes: `openssl rand -base64 32` makes a good one", minSecret)
+		return fmt.Errorf("%s has fewer than %d bytes: %s", setting, minSecret, remedy)
+	}
+	const quotes = "\"'`\u201c\u201d\u2018\u2019"
+	first, last := firstRune(secret), lastRune(secret)
+	switch {
+	case secret != strings.TrimSpace(secret):
+		a.warn(setting, "begins or ends with white space, for example a line break of echo or of a file")
+	case first == '\ufeff' || last == '\ufeff':
+		a.warn(setting, "begins or ends with a byte order mark")
+	case strings.ContainsRune(quotes, first) || strings.ContainsRune(quotes, last):
+		a.warn(setting, "begins or ends with a quotation mark")
+	case strings.Count(secret, string(first)) == utf8.RuneCountInString(secret):
+		a.warnings = append(a.warnings, setting+" is one repeated character: "+remedy)
 	}
 	a.keys.Keys = append(a.keys.Keys, []byte(secret))
 	return nil
 }
 
-// user returns the verified user of a request: errNoToken without a bearer
-// token in its Authorization header, errBadToken with one that will not do or
-// more than one such header. A cookie or a query string is never looked at.
+func (a *authenticator) warn(setting, problem string) {
+	a.warnings = append(a.warnings, setting+" "+problem+
+		". It is used as it is; tokens are valid only if the Next.js side has exactly the same value")
+}
+
+func firstRune(s string) rune { r, _ := utf8.DecodeRuneInString(s); return r }
+func lastRune(s string) rune  { r, _ := utf8.DecodeLastRuneInString(s); return r }
+
+// user returns the verified user of a request. It returns errNoToken if there is no bearer token in
+// the Authorization header, and errBadToken if the token is invalid or there is more than one such
+// header. Cookies and the query string are ignored.
 func (a *authenticator) user(r *http.Request) (string, error) {
-	headers := r.Header["Authorization"]
-	if len(headers) > 1 {
-		return "", refuseToken("more than one Authorization header")
+	if len(r.Header["Authorization"]) > 1 {
+		return "", badToken("more than one Authorization header")
 	}
 	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
 	token = strings.TrimLeft(token, " ")
@@ -118,74 +137,50 @@ func (a *authenticator) user(r *http.Request) (string, error) {
 	return a.verify(token)
 }
 
-// refuseToken makes an errBadToken. The reason is for the log alone, and is
-// never made of anything that the token says.
-func refuseToken(reason string) error { return fmt.Errorf("%w: %s", errBadToken, reason) }
+// badToken returns an errBadToken. The reason is for the log alone, and contains nothing of the token.
+func badToken(reason string) error { return fmt.Errorf("%w: %s", errBadToken, reason) }
 
-// verify returns the user whom a token speaks for. A front end sends the same
-// token for minutes: its signature is verified once, its claims each time.
-func (a *authenticator) verify(token string) (string, error) {
-	a.mu.Lock()
-	claims, known := a.known[token]
-	a.mu.Unlock()
-	if !known || a.validator.Validate(claims) != nil {
-		var err error
-		if claims, err = a.parse(token); err != nil {
-			return "", err
-		}
-		a.remember(token, claims)
-	}
-	return claims["sub"].(string), nil
-}
-
-// remember keeps the claims of a token, unless it is unusually long.
-func (a *authenticator) remember(token string, claims jwt.MapClaims) {
-	if len(token) > maxKnownSize {
-		return
-	}
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if len(a.known) >= maxKnown {
-		clear(a.known)
-	}
-	a.known[token] = claims
-}
-
-// parse returns the claims of a good token, of which sub is a user's id.
-func (a *authenticator) parse(raw string) (jwt.MapClaims, error) {
-	claims := jwt.MapClaims{} // and not RegisteredClaims, which would take "SUB" for "sub"
+// verify returns the user that a valid token was signed for.
+func (a *authenticator) verify(raw string) (string, error) {
+	claims := jwt.MapClaims{} // and not RegisteredClaims, which would read "SUB" as "sub"
 	token, err := a.parser.ParseWithClaims(raw, claims, func(t *jwt.Token) (any, error) {
-		if _, ok := t.Header["crit"]; ok { // RFC 7515, 4.1.11: extensions that we would have to understand
+		if _, ok := t.Header["crit"]; ok { // RFC 7515, section 4.1.11: extensions that must be understood
 			return nil, errors.New("crit")
 		}
 		return a.keys, nil
 	})
 	if err != nil {
-		return nil, refuseToken(refusalReason(token, err))
+		return "", badToken(tokenProblem(token, err))
 	}
 	for _, name := range []string{"exp", "nbf"} {
 		if t, ok := claims[name].(float64); ok && (t < 0 || t >= year10000) {
-			return nil, refuseToken(name + " is outside the years 1970 to 9999: is it in milliseconds?")
+			return "", badToken(name + " is outside the years 1970 to 9999: is it in milliseconds?")
 		}
 	}
-	// No other claim stands in for sub: Better Auth signs e-mail links and session
-	// cookies with the same secret, and those carry an id and an e-mail address.
-	if user, ok := claims["sub"].(string); !ok || checkUser(user) != nil {
-		return nil, refuseToken("sub is missing or no usable user id: is this a session cookie or an e-mail link's token?")
+	// No other claim replaces sub. Better Auth signs e-mail links and session cookies with the same
+	// secret, and those contain an id and an e-mail address.
+	user, isString := claims["sub"].(string)
+	switch {
+	case claims["sub"] == nil:
+		return "", badToken("sub is missing: is this a session cookie or the token of an e-mail link?")
+	case !isString:
+		return "", badToken("sub is not a string")
+	case checkUser(user) != nil:
+		return "", badToken("sub is not a user id: it is empty, too long or contains U+0000 or U+FFFD")
 	}
-	return claims, nil
+	return user, nil
 }
 
-// refusalReason puts the parser's error in words that lead to its cause.
-func refusalReason(token *jwt.Token, err error) string {
+// tokenProblem describes the parser's error in words that lead to its cause.
+func tokenProblem(token *jwt.Token, err error) string {
 	switch {
 	case token == nil:
 		return "not three parts: is this a session token?"
 	case errors.Is(err, jwt.ErrTokenMalformed):
 		return "its parts are not JSON in unpadded base64url"
 	case token.Header["alg"] != jwt.SigningMethodHS256.Name:
-		return "not HS256: is this a jwt-plugin token?"
-	case errors.Is(err, jwt.ErrTokenUnverifiable): // no key was given
+		return "not HS256: is this a token of the jwt plugin?"
+	case errors.Is(err, jwt.ErrTokenUnverifiable): // the key function returned an error
 		return "it has a crit header"
 	case errors.Is(err, jwt.ErrTokenSignatureInvalid):
 		return "bad signature: do the secrets differ?"
@@ -198,21 +193,21 @@ func refusalReason(token *jwt.Token, err error) string {
 	case errors.Is(err, jwt.ErrTokenInvalidIssuer):
 		return "iss is not JWT_ISSUER"
 	case errors.Is(err, jwt.ErrTokenRequiredClaimMissing):
-		return "it lacks exp, or the aud or iss that JWT_AUDIENCE and JWT_ISSUER ask for"
+		return "it has no exp, or not the aud or iss that JWT_AUDIENCE and JWT_ISSUER require"
 	}
-	return "exp, nbf, aud or iss is of a wrong type"
+	return "exp, nbf, aud or iss has a wrong type"
 }
 
-// checkUser holds a user id to what the database can keep. U+FFFD is what
-// encoding/json makes of malformed text: two ids must never become one.
+// checkUser validates a user id against what the database can store. encoding/json decodes malformed
+// text to U+FFFD, which could make two ids equal.
 func checkUser(id string) error {
 	if id == "" || len(id) > maxSubject || !utf8.ValidString(id) || strings.ContainsAny(id, "\x00\uFFFD") {
-		return fmt.Errorf("a user id is 1 to %d bytes of UTF-8 without U+0000 and U+FFFD", maxSubject)
+		return fmt.Errorf("a user id must be 1 to %d bytes of UTF-8 without U+0000 and U+FFFD", maxSubject)
 	}
 	return nil
 }
 
-// sign makes a token for user as the front end would, good for an hour.
+// sign returns a token for user as the front end would sign it, valid for tokenLifetime.
 func (a *authenticator) sign(user string) (string, error) {
 	if err := checkUser(user); err != nil {
 		return "", err

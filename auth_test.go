@@ -194,13 +194,13 @@ func TestRefusedTokens(t *testing.T) {
 	}
 
 	const (
-		algorithm = "not HS256: is this a jwt-plugin token?"
+		algorithm = "not HS256: is this a token of the jwt plugin?"
 		parts     = "not three parts: is this a session token?"
 		signature = "bad signature: do the secrets differ?"
 		encoding  = "base64url"
 		kind      = "wrong type"
 		years     = "1970 to 9999"
-		subject   = "sub is missing or no usable user id"
+		subject   = "sub is"
 	)
 	type request struct {
 		name      string
@@ -273,11 +273,11 @@ func TestRefusedTokens(t *testing.T) {
 		{"claims no JSON", of(fine[1:]), encoding},
 		{"claims followed", of(fine + "x"), encoding},
 		{"claims an array", of(`[` + fine + `]`), encoding},
-		{"claims null", of(`null`), "lacks exp"},
+		{"claims null", of(`null`), "has no exp"},
 		{"header null", sealed(testSecret, `null`, fine), algorithm},
 
-		{"no exp", of(fmt.Sprintf(`{"sub":%q,"iat":%s}`, user, in(0))), "lacks exp"},
-		{"exp under another name", of(fmt.Sprintf(`{"sub":%q,"Exp":%s}`, user, in(time.Hour))), "lacks exp"},
+		{"no exp", of(fmt.Sprintf(`{"sub":%q,"iat":%s}`, user, in(0))), "has no exp"},
+		{"exp under another name", of(fmt.Sprintf(`{"sub":%q,"Exp":%s}`, user, in(time.Hour))), "has no exp"},
 		{"expired", of(fmt.Sprintf(`{"sub":%q,"exp":%s}`, user, in(-time.Minute))), ": expired"},
 		{"exp 0", of(fmt.Sprintf(`{"sub":%q,"exp":0}`, user)), ""},
 		{"exp before 1970", of(fmt.Sprintf(`{"sub":%q,"exp":-1}`, user)), ""},
@@ -299,7 +299,7 @@ func TestRefusedTokens(t *testing.T) {
 
 		{"no sub", of(`{"exp":` + in(time.Hour) + `}`), subject},
 		{"sub empty", of(good("", ``)), subject},
-		{"sub a number", of(`{"sub":1,"exp":` + in(time.Hour) + `}`), subject},
+		{"sub a number", of(`{"sub":1,"exp":` + in(time.Hour) + `}`), "sub is not a string"},
 		{"sub null", of(fmt.Sprintf(`{"sub":null,"id":%q,"exp":%s}`, user, in(time.Hour))), subject},
 		{"sub an array", of(fmt.Sprintf(`{"sub":[%q],"exp":%s}`, user, in(time.Hour))), subject},
 		{"sub of 513 bytes", of(good(strings.Repeat("ä", 256)+"x", ``)), subject},
@@ -757,41 +757,6 @@ func FuzzVerify(f *testing.F) {
 					}
 				}
 			}
-		}
-	})
-}
-
-// The claims of a good token are remembered, but not past its time, and not of any number of tokens.
-func TestKnownTokens(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		a, err := newAuthenticator(testSecret, "", "", "")
-		if err != nil {
-			t.Fatal(err)
-		}
-		token, err := a.sign("alice")
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, row := range []struct {
-			wait time.Duration
-			good bool
-		}{{0, true}, {0, true}, {tokenLifetime + clockLeeway - time.Second, true}, {time.Second, false}, {0, false}} {
-			time.Sleep(row.wait)
-			if user, err := a.verify(token); (err == nil && user == "alice") != row.good {
-				t.Errorf("after %v more: %q, %v, want good %v", row.wait, user, err, row.good)
-			}
-		}
-		for i := range maxKnown + 10 {
-			other, err := a.sign(fmt.Sprint("user ", i))
-			if err != nil {
-				t.Fatal(err)
-			}
-			if _, err := a.verify(other); err != nil {
-				t.Fatal(err)
-			}
-		}
-		if n := len(a.known); n > maxKnown {
-			t.Errorf("%d tokens are remembered, want at most %d", n, maxKnown)
 		}
 	})
 }

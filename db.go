@@ -211,6 +211,9 @@ type database struct {
 	failed chan error     // receives why the service cannot go on: the schema disappeared
 	pooler atomic.Bool    // the host is a pooler, which rejects the options parameter
 
+	statements    atomic.Int64 // that have ended
+	statementTime atomic.Int64 // nanoseconds that they took
+
 	mu           sync.Mutex // guards what follows
 	failures     int        // attempts to connect that failed since the last success
 	firstFailure time.Time  // end of the first of them
@@ -340,6 +343,15 @@ func (d *database) outage() bool {
 	return d.failures > 0 && time.Since(d.firstFailure) >= outageAfter && time.Since(d.lastFailure) <= outageForget
 }
 
+// answers reports whether the database answers: it has a connection, and connecting does not fail.
+func (d *database) answers() bool {
+	d.mu.Lock()
+	failing := d.failures > 0
+	d.mu.Unlock()
+	pool := d.pool.Stat()
+	return !failing && pool.AcquiredConns()+pool.IdleConns() > 0
+}
+
 // shouldPing pings a connection that was idle, before pgxpool does. Where that fails, the other
 // idle connections are broken too, and the pool closes them all: otherwise a request could spend
 // pingTimeout on each. On true pgxpool pings once more, fails and takes another connection.
@@ -382,9 +394,12 @@ const (
 // closed the connection. Two obvious signals are unusable: pgconn.SafeToRetry is true for some
 // statements that ran (pgx 5.9 to 5.12), and Neon's proxy reports its own failures as XX000.
 func query[T any](ctx context.Context, d *database, policy retryPolicy, scan pgx.RowToFunc[T], sql string, args ...any) ([]T, error) {
+	trace, start := traceOf(ctx), time.Now()
+	defer addSince(&trace.total, start)
 	select {
 	case <-d.ready:
 	case <-ctx.Done():
+		addSince(&trace.waiting, start)
 		return nil, fmt.Errorf("%w: wait for the schema: %w", errUnavailable, ctx.Err())
 	}
 	resent := false
@@ -421,7 +436,7 @@ func query[T any](ctx context.Context, d *database, policy retryPolicy, scan pgx
 	}
 }
 
-// queryRow is query for a statement that returns one row, or none. None is errNoTask: the task does
+// queryRow is query for a statement that returns one row, or none. None is errNotFound: the task does
 // not exist or belongs to another user.
 func queryRow[T any](ctx context.Context, d *database, policy retryPolicy, scan pgx.RowToFunc[T], sql string, args ...any) (row T, err error) {
 	rows, err := query(ctx, d, policy, scan, sql, args...)
@@ -429,7 +444,7 @@ func queryRow[T any](ctx context.Context, d *database, policy retryPolicy, scan 
 	case err != nil:
 		return row, err
 	case len(rows) == 0:
-		return row, errNoTask
+		return row, errNotFound
 	}
 	return rows[0], nil
 }
@@ -456,6 +471,7 @@ var errConnection = errors.New("no connection")
 // followed by another until ctx is done, because nothing has been sent yet and the compute may be
 // resuming. The wait is shorter if all connections are busy, and in a long outage.
 func (d *database) acquire(ctx context.Context) (*pgxpool.Conn, error) {
+	defer addSince(&traceOf(ctx).waiting, time.Now())
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	defer time.AfterFunc(acquireTimeout, func() {
@@ -488,7 +504,9 @@ func (d *database) acquire(ctx context.Context) (*pgxpool.Conn, error) {
 // A dbTrace is what the log says about a request's use of the database. It belongs to the request's
 // goroutine.
 type dbTrace struct {
-	start time.Time // of the request
+	start   time.Time     // of the request
+	total   time.Duration // spent on the database
+	waiting time.Duration // the part of total that was spent waiting for a connection
 }
 
 type dbTraceKey struct{}
@@ -499,13 +517,19 @@ func withTrace(ctx context.Context) (context.Context, *dbTrace) {
 	return context.WithValue(ctx, dbTraceKey{}, t), t
 }
 
-// requestStart returns when the request of ctx began, or now if ctx belongs to no request.
-func requestStart(ctx context.Context) time.Time {
+// traceOf returns the trace of the request of ctx, or a new one if ctx belongs to no request.
+func traceOf(ctx context.Context) *dbTrace {
 	if t, ok := ctx.Value(dbTraceKey{}).(*dbTrace); ok {
-		return t.start
+		return t
 	}
-	return time.Now()
+	return &dbTrace{start: time.Now()}
 }
+
+// requestStart returns when the request of ctx began, or now if ctx belongs to no request.
+func requestStart(ctx context.Context) time.Time { return traceOf(ctx).start }
+
+// addSince adds the time since start to a sum.
+func addSince(sum *time.Duration, start time.Time) { *sum += time.Since(start) }
 
 // reason describes a failed attempt to connect, in one line and without any part of DATABASE_URL.
 func (d *database) reason(err error) string {
@@ -592,6 +616,8 @@ func (d *database) TraceQueryStart(ctx context.Context, _ *pgx.Conn, data pgx.Tr
 func (d *database) TraceQueryEnd(ctx context.Context, _ *pgx.Conn, data pgx.TraceQueryEndData) {
 	q := ctx.Value(queryTraceKey{}).(queryTrace)
 	took, level, message := time.Since(q.start), slog.LevelDebug, "statement"
+	d.statements.Add(1)
+	d.statementTime.Add(int64(took))
 	if took > slowStatement {
 		level, message = slog.LevelWarn, "slow statement"
 	}
@@ -644,7 +670,7 @@ func parseSteps(text string) ([]step, error) {
 		steps = append(steps, step{title: text[at[4]:at[5]], sql: text[at[1]:end]})
 	}
 	if steps == nil {
-		return nil, errors.New("schema.sql has no line that begins -- step 1:")
+		return nil, errors.New("schema.sql has no steps")
 	}
 	return steps, nil
 }
@@ -926,6 +952,7 @@ func (d *database) check(ctx context.Context) error {
 		return fmt.Errorf("%w: wait for the check of another request: %w", errUnavailable, ctx.Err())
 	}
 	if time.Since(d.checked) > readinessMaxAge {
+		defer addSince(&traceOf(ctx).total, time.Now())
 		state, err := d.verify(ctx)
 		if err == nil && state.ReadOnly {
 			d.resetReadOnly()

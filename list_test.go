@@ -354,22 +354,22 @@ func FuzzParsePage(f *testing.F) {
 		if err != nil {
 			return
 		}
-		p, err := parsePage(q)
+		p, err := readPage(q)
 		if err != nil {
 			return
 		}
 		if p.limit < 1 || p.limit > 100 || p.offset < 0 || p.before < 1 || q.Has("before") && q.Has("offset") {
-			t.Errorf("parsePage(%q) = %+v, out of bounds", query, p)
+			t.Errorf("readPage(%q) = %+v, out of bounds", query, p)
 		}
 		for name, values := range q {
 			switch name {
 			case "limit", "offset", "before":
 				if len(values) != 1 || !digits.MatchString(values[0]) {
-					t.Errorf("parsePage(%q) accepts %s of %q", query, name, values)
+					t.Errorf("readPage(%q) accepts %s of %q", query, name, values)
 				}
 			case "completed", "total":
 				if len(values) != 1 || values[0] != "true" && values[0] != "false" {
-					t.Errorf("parsePage(%q) accepts %s of %q", query, name, values)
+					t.Errorf("readPage(%q) accepts %s of %q", query, name, values)
 				}
 			}
 		}

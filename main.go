@@ -1,7 +1,17 @@
-// Todo-app is a small multi-user task API on serverless Postgres. A Next.js
-// front end with Better Auth signs its users in and sends HS256 tokens; this
-// service verifies them (auth.go) and keeps each user's tasks (tasks.go) in
-// Neon (db.go). This file is the process and the HTTP edge.
+// Todo-app is a small multi-user task API on serverless Postgres. A Next.js front end with Better Auth
+// signs users in and sends HS256 tokens. This service verifies them and stores each user's tasks in
+// Neon.
+//
+// A request takes this path:
+//
+//	server.ServeHTTP  headers that all responses have, CORS     main.go
+//	server.handle     deadline, panics, errors, log, metrics    main.go
+//	server.forUser    token, user, task id, the user's turn     main.go, auth.go
+//	createTask etc.   body or query in, task out                tasks.go
+//	database.insert   SQL                                       tasks.go
+//	query             connection, retries                       db.go
+//
+// An error returns the same way. writeError turns it into a response.
 package main
 
 import (
@@ -27,33 +37,38 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
+	"unicode/utf16"
 	"unicode/utf8"
 )
 
 const (
-	// A request is answered within 20 s of its first byte: the header's time and the request's.
+	// A response begins at most 19 s after the first byte of its request: headerTimeout plus
+	// requestTimeout. writeTimeout leaves a second to send it.
 	headerTimeout  = 4 * time.Second
 	requestTimeout = 15 * time.Second
 	readTimeout    = 10 * time.Second // header and body
-	writeTimeout   = 20 * time.Second // from the header to the last byte of the answer
-	idleTimeout    = 2 * time.Minute  // between the requests of a connection
-	readyTimeout   = 3 * time.Second
+	writeTimeout   = 16 * time.Second // from the end of the header to the last byte of the response
+	idleTimeout    = 2 * time.Minute  // between two requests of a connection
+	readyTimeout   = 3 * time.Second  // of /health/ready
+	turnTimeout    = 5 * time.Second  // for a turn, while the database answers: then a 429
 
-	// percent; the live heap is some 4 MB, and a list costs a quarter less processor time than at Go's 100.
-	gcPercent = 300
-	// bytes; from here on it is collected as often as need be. Fly.io's smallest machine has 256 MB.
-	memoryLimit = 100 << 20
+	maxHeader = 16<<10 - 4<<10 // bytes; net/http adds 4 KiB
+	maxBody   = 64 << 10       // bytes; four times the largest valid task
+	maxLogged = 4 << 10        // bytes of an error or a statement in the log
 
-	maxHeader = 64<<10 - 4<<10 // bytes; net/http grants 4 KiB more
-	maxLogged = 2 << 10        // bytes of a text that a client or a statement decides, in the log
-	maxBody   = 64 << 10       // bytes; four times the largest sensible task
+	// Cloud Run kills the process 10 s after SIGTERM. From the signal:
+	graceTime   = time.Second             // new requests are accepted
+	cancelAfter = 7 * time.Second         // database work is canceled
+	closeAfter  = 8 * time.Second         // connections are closed
+	exitAfter   = 8500 * time.Millisecond // the process exits, even if the pool has not closed
 
-	// Cloud Run kills 10 s after SIGTERM. Reckoned from the signal:
-	cancelWork = 7 * time.Second         // database work still running is cancelled
-	closeConns = 8 * time.Second         // connections that still have a request are cut
-	leave      = 8500 * time.Millisecond // whether or not the pool has closed
+	// Defaults of GOGC and GOMEMLIMIT. The live heap is about 4 MB, and a list costs a quarter less
+	// processor time than with Go's 100. Fly.io's smallest machine has 256 MB.
+	gcPercent   = 300
+	memoryLimit = 100 << 20 // bytes
 )
 
 func main() {
@@ -65,7 +80,7 @@ func main() {
 	}
 	if err := run(context.Background(), os.Args[1:], os.Getenv, os.Stdout); err != nil {
 		out := os.Stdout
-		if len(os.Args) > 1 {
+		if len(os.Args) > 1 && os.Args[1] == "token" {
 			out = os.Stderr // stdout is for the token
 		}
 		newLogger(out, slog.LevelInfo).Error(err.Error())
@@ -73,64 +88,67 @@ func main() {
 	}
 }
 
-// run serves until ctx is done or a signal arrives, prints a token, or applies the schema. An error
-// before it serves names the setting that is missing or invalid.
+// run executes a command: without arguments it serves until ctx is done or a signal arrives. An
+// error before it serves names the setting that is missing or invalid.
 func run(ctx context.Context, args []string, getenv func(string) string, stdout io.Writer) error {
-	command := strings.Join(args[:min(len(args), 1)], "")
 	switch {
-	case command == "" || command == "migrate" && len(args) == 1:
-	case command == "token" && len(args) == 2:
-		auth, err := readAuth(getenv)
-		if err != nil {
-			return err
-		}
-		token, err := auth.sign(args[1])
-		if err == nil {
-			_, err = fmt.Fprintln(stdout, token)
-		}
-		return err
-	default:
-		return errors.New("usage: todo-app serves; todo-app migrate applies the schema; " +
-			"todo-app token USER_ID prints a token that is valid for an hour")
+	case len(args) == 0:
+		return serve(ctx, getenv, stdout)
+	case len(args) == 1 && args[0] == "migrate":
+		return migrate(ctx, getenv, stdout)
+	case len(args) == 2 && args[0] == "token":
+		return printToken(args[1], getenv, stdout)
 	}
-	levels := map[string]slog.Level{"debug": slog.LevelDebug, "": slog.LevelInfo, "info": slog.LevelInfo, "warn": slog.LevelWarn, "error": slog.LevelError}
-	level, ok := levels[strings.ToLower(getenv("LOG_LEVEL"))]
-	if !ok {
-		return errors.New("LOG_LEVEL must be debug, info, warn or error")
-	}
-	log := newLogger(stdout, level)
-	if command == "migrate" {
-		db, err := openDatabase(getenv("DATABASE_URL"), log)
-		if err != nil {
-			return err
-		}
-		defer db.pool.Close()
-		ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
-		defer stop()
-		return db.start(ctx)
-	}
-	auth, err := readAuth(getenv)
-	if err != nil {
-		return err
-	}
-	origins, err := corsOrigins(getenv("CORS_ORIGINS"))
-	if err != nil {
-		return err
-	}
-	db, err := openDatabase(getenv("DATABASE_URL"), log)
-	if err != nil {
-		return err
-	}
-	s := newServer(auth, db, log, origins, getenv("GOOGLE_CLOUD_PROJECT"))
-	return s.serve(ctx, cmp.Or(getenv("PORT"), "8080"), getenv("METRICS_PORT"))
+	return errors.New("usage: todo-app serves; todo-app migrate applies the schema; " +
+		"todo-app token USER_ID prints a token that is valid for an hour")
 }
 
-func readAuth(getenv func(string) string) (*authenticator, error) {
-	return newAuthenticator(getenv("BETTER_AUTH_SECRET"), getenv("BETTER_AUTH_SECRETS"),
-		getenv("JWT_AUDIENCE"), getenv("JWT_ISSUER"))
+func printToken(user string, getenv func(string) string, stdout io.Writer) error {
+	auth, err := readAuthSettings(getenv)
+	if err != nil {
+		return err
+	}
+	token, err := auth.sign(user)
+	if err == nil {
+		_, err = fmt.Fprintln(stdout, token)
+	}
+	return err
 }
 
-// openDatabase logs a WARNING for the parameters of the connection string that are ignored.
+// migrate applies the schema and returns nil once the database is up to date. Of the settings it
+// requires DATABASE_URL alone.
+func migrate(ctx context.Context, getenv func(string) string, stdout io.Writer) error {
+	level, err := readLogLevel(getenv)
+	if err != nil {
+		return err
+	}
+	db, err := openDatabase(getenv("DATABASE_URL"), newLogger(stdout, level))
+	if err != nil {
+		return err
+	}
+	defer db.pool.Close()
+	ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	return db.start(ctx)
+}
+
+func serve(ctx context.Context, getenv func(string) string, stdout io.Writer) error {
+	set, err := readSettings(getenv)
+	if err != nil {
+		return err
+	}
+	log := newLogger(stdout, set.logLevel)
+	for _, warning := range set.auth.warnings {
+		log.Warn(warning)
+	}
+	db, err := openDatabase(set.databaseURL, log)
+	if err != nil {
+		return err
+	}
+	return newServer(set.auth, db, log, set.origins, set.project).serve(ctx, set.port, set.metricsPort)
+}
+
+// openDatabase logs which parameters of the connection string are ignored.
 func openDatabase(databaseURL string, log *slog.Logger) (*database, error) {
 	config, ignored, err := poolConfig(databaseURL)
 	if err != nil {
@@ -142,23 +160,574 @@ func openDatabase(databaseURL string, log *slog.Logger) (*database, error) {
 	return newDatabase(config, log)
 }
 
-// corsOrigins splits the setting CORS_ORIGINS into origins as browsers send them.
+// settings are the environment variables of the service. All but databaseURL are validated;
+// poolConfig does that.
+type settings struct {
+	auth        *authenticator // BETTER_AUTH_SECRET, BETTER_AUTH_SECRETS, JWT_AUDIENCE, JWT_ISSUER
+	databaseURL string         // DATABASE_URL; required
+	origins     []string       // CORS_ORIGINS; optional
+	port        string         // PORT; default 8080
+	metricsPort string         // METRICS_PORT; optional: a second listener with /metrics
+	logLevel    slog.Level     // LOG_LEVEL; default info
+	project     string         // GOOGLE_CLOUD_PROJECT; optional
+}
+
+// readSettings returns an error that names the first variable that is missing or invalid.
+func readSettings(getenv func(string) string) (s settings, err error) {
+	if s.auth, err = readAuthSettings(getenv); err != nil {
+		return s, err
+	}
+	if s.logLevel, err = readLogLevel(getenv); err != nil {
+		return s, err
+	}
+	if s.origins, err = corsOrigins(getenv("CORS_ORIGINS")); err != nil {
+		return s, err
+	}
+	s.databaseURL = getenv("DATABASE_URL")
+	s.port = cmp.Or(strings.TrimSpace(getenv("PORT")), "8080")
+	s.metricsPort = strings.TrimSpace(getenv("METRICS_PORT"))
+	s.project = strings.TrimSpace(getenv("GOOGLE_CLOUD_PROJECT"))
+	return s, nil
+}
+
+// readAuthSettings leaves the secrets as they are: every byte counts.
+func readAuthSettings(getenv func(string) string) (*authenticator, error) {
+	return newAuthenticator(getenv("BETTER_AUTH_SECRET"), getenv("BETTER_AUTH_SECRETS"),
+		strings.TrimSpace(getenv("JWT_AUDIENCE")), strings.TrimSpace(getenv("JWT_ISSUER")))
+}
+
+// readLogLevel reads LOG_LEVEL. slog would also accept a level such as INFO+2.
+func readLogLevel(getenv func(string) string) (slog.Level, error) {
+	switch strings.ToLower(strings.TrimSpace(getenv("LOG_LEVEL"))) {
+	case "debug":
+		return slog.LevelDebug, nil
+	case "", "info":
+		return slog.LevelInfo, nil
+	case "warn":
+		return slog.LevelWarn, nil
+	case "error":
+		return slog.LevelError, nil
+	}
+	return 0, errors.New("LOG_LEVEL must be debug, info, warn or error")
+}
+
+// corsOrigins splits CORS_ORIGINS into origins as browsers send them.
 func corsOrigins(list string) ([]string, error) {
+	list = strings.ReplaceAll(strings.TrimSpace(list), " ", "")
 	if list == "" {
 		return nil, nil
 	}
-	origin := regexp.MustCompile(`^[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?$`)
-	origins := strings.Split(strings.ReplaceAll(list, " ", ""), ",")
-	for _, o := range origins {
-		if !origin.MatchString(o) {
-			return nil, errors.New("CORS_ORIGINS must list origins like https://app.example.com, separated by commas: no *, no path, no slash at the end, lower case")
+	form := regexp.MustCompile(`^([a-z][a-z0-9+.-]*)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?$`)
+	origins := strings.Split(list, ",")
+	for _, origin := range origins {
+		parts := form.FindStringSubmatch(origin)
+		switch {
+		case parts == nil:
+			return nil, errors.New("CORS_ORIGINS must list origins such as https://app.example.com, separated by commas: " +
+				"lower case, no *, no path, no slash at the end")
+		case parts[1] == "https" && parts[3] == ":443" || parts[1] == "http" && parts[3] == ":80":
+			return nil, fmt.Errorf("CORS_ORIGINS: browsers send an origin without the default port, so %s never matches: remove %s",
+				origin, parts[3])
 		}
 	}
 	return origins, nil
 }
 
-// newLogger writes one JSON object a line, in the field names and severities
-// of Google Cloud's logs, which Fly.io takes as they are.
+// A server is the API over one database.
+type server struct {
+	auth    *authenticator
+	db      *database
+	log     *slog.Logger
+	origins []string // whose pages may call: CORS_ORIGINS
+	project string   // GOOGLE_CLOUD_PROJECT
+	mux     *http.ServeMux
+	turns   turns
+	metrics metrics
+
+	work     context.Context // parent of every request's context
+	cancel   func()          // ends work
+	stopping atomic.Bool     // responses close their connections
+}
+
+func newServer(auth *authenticator, db *database, log *slog.Logger, origins []string, project string) *server {
+	s := &server{auth: auth, db: db, log: log, origins: origins, project: project, mux: http.NewServeMux()}
+	s.turns.limit = max(1, int(db.pool.Config().MaxConns)/3)
+	s.work, s.cancel = context.WithCancel(context.Background())
+	for pattern, e := range s.routes() {
+		s.mux.HandleFunc(pattern, s.handle(e))
+	}
+	s.mux.HandleFunc("/", s.handle(s.noRoute))
+	return s
+}
+
+// routes returns every route of the service.
+func (s *server) routes() map[string]endpoint {
+	return map[string]endpoint{
+		"GET /api/{user_id}/tasks":                 s.forUser(s.listTasks),
+		"POST /api/{user_id}/tasks":                s.forUser(s.createTask),
+		"GET /api/{user_id}/tasks/{id}":            s.forUser(s.getTask),
+		"PUT /api/{user_id}/tasks/{id}":            s.forUser(s.updateTask),
+		"PATCH /api/{user_id}/tasks/{id}":          s.forUser(s.updateTask),
+		"PATCH /api/{user_id}/tasks/{id}/complete": s.forUser(s.completeTask),
+		"DELETE /api/{user_id}/tasks/{id}":         s.forUser(s.deleteTask),
+		"GET /health/live":                         s.live,
+		"GET /health/ready":                        s.ready,
+		"GET /openapi.json":                        document("application/json", openAPI),
+		"GET /docs":                                s.docs,
+	}
+}
+
+// usedHeaders are the request headers that the service and net/http read after a request was parsed.
+var usedHeaders = []string{
+	"Access-Control-Request-Headers", "Authorization", "Connection", "Content-Encoding", "Content-Type",
+	"Idempotency-Key", "If-Match", "If-None-Match", "Origin", "Traceparent", "X-Cloud-Trace-Context", "X-Request-Id",
+}
+
+// ServeHTTP sets the headers that all responses have. It drops the request headers that nobody
+// reads: thousands of short ones would occupy a megabyte while the request waits.
+func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	used := http.Header{}
+	for _, name := range usedHeaders {
+		if values, ok := r.Header[name]; ok {
+			used[name] = values
+		}
+	}
+	r.Header = used
+	id := r.Header.Get("X-Request-Id")
+	if !saneID.MatchString(id) {
+		id = rand.Text()
+	}
+	w.Header().Set("X-Request-Id", id)
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	if strings.HasPrefix(r.URL.Path, "/api/") {
+		w.Header().Set("Cache-Control", "no-store")
+	}
+	if s.stopping.Load() {
+		w.Header().Set("Connection", "close")
+	}
+	s.setCORS(w, r)
+	s.mux.ServeHTTP(w, r)
+}
+
+// saneID matches a client's request id that may be repeated in the log and in the response.
+var saneID = regexp.MustCompile(`^[0-9A-Za-z._:/+=-]{1,128}$`)
+
+// An endpoint either writes the response or returns an error, never both.
+//
+// ctx ends at the request's deadline, not when the client disconnects: the statement may commit
+// anyway, and canceling it would cost a database connection.
+type endpoint func(ctx context.Context, w http.ResponseWriter, r *http.Request) error
+
+// handle makes an endpoint the handler of a route. What all routes have in common happens here: the
+// deadline, the response to an error or a panic, the log line and the metrics.
+func (s *server) handle(e endpoint) http.HandlerFunc {
+	return func(rw http.ResponseWriter, r *http.Request) {
+		ctx, trace := withTrace(s.work)
+		ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+		defer cancel()
+		w := &response{ResponseWriter: rw}
+		err := recovered(e)(ctx, w, r)
+		if r.Body != http.NoBody {
+			// The rest of the body was not read. net/http would wait for it, up to readTimeout.
+			http.NewResponseController(rw).SetReadDeadline(time.Now())
+		}
+		if err != nil && w.status == 0 {
+			writeError(w, err)
+		}
+		s.record(w, r, trace, err)
+	}
+}
+
+// recovered returns an endpoint that returns a panic of e as an error.
+func recovered(e endpoint) endpoint {
+	return func(ctx context.Context, w http.ResponseWriter, r *http.Request) (err error) {
+		defer func() {
+			if v := recover(); v != nil {
+				err = fmt.Errorf("panic: %v\n%s", v, debug.Stack())
+			}
+		}()
+		return e(ctx, w, r)
+	}
+}
+
+// A response remembers what the log contains about it.
+type response struct {
+	http.ResponseWriter
+	status int // 0 until the header is written
+	bytes  int // of the body
+}
+
+func (w *response) WriteHeader(status int) {
+	w.status = status
+	w.ResponseWriter.WriteHeader(status)
+}
+
+func (w *response) Write(p []byte) (int, error) {
+	n, err := w.ResponseWriter.Write(p)
+	w.bytes += n
+	return n, err
+}
+
+// Unwrap is for http.ResponseController.
+func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+// forUser makes an endpoint of one that serves the verified user of the path, when it is that user's
+// turn.
+func (s *server) forUser(e func(context.Context, http.ResponseWriter, *http.Request, taskKey) error) endpoint {
+	return func(ctx context.Context, w http.ResponseWriter, r *http.Request) error {
+		user, err := s.auth.user(r)
+		if err != nil {
+			return err
+		}
+		if r.PathValue("user_id") != user {
+			return errOtherUser
+		}
+		key := taskKey{user: user}
+		if text := r.PathValue("id"); text != "" {
+			id, err := strconv.ParseUint(text, 10, 63)
+			if err != nil || id == 0 {
+				return errNotFound
+			}
+			key.id = int64(id)
+		}
+		done, err := s.turns.take(ctx, s.db, user)
+		if err != nil {
+			return err
+		}
+		defer done()
+		return e(ctx, w, r, key)
+	}
+}
+
+// turns limits how many requests of one user are in progress, so that no user takes all connections.
+type turns struct {
+	limit int // requests in progress per user
+	mu    sync.Mutex
+	users map[string]*userTurns // users with a request in progress or waiting
+}
+
+type userTurns struct {
+	progress chan struct{} // holds a token for each request in progress
+	requests int           // in progress or waiting
+}
+
+// take waits until fewer than limit requests of the user are in progress. The caller must call done.
+// After turnTimeout it returns errTooMany. Time without a database does not count: it ends in
+// errUnavailable, as for a request that waits for a connection.
+func (t *turns) take(ctx context.Context, db *database, user string) (done func(), err error) {
+	t.mu.Lock()
+	u := t.users[user]
+	if u == nil {
+		u = &userTurns{progress: make(chan struct{}, t.limit)}
+		if t.users == nil {
+			t.users = map[string]*userTurns{}
+		}
+		t.users[user] = u
+	}
+	u.requests++
+	t.mu.Unlock()
+	leave := func() {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		if u.requests--; u.requests == 0 {
+			delete(t.users, user)
+		}
+	}
+	const tick = 50 * time.Millisecond
+	for waited := time.Duration(0); ; {
+		select {
+		case u.progress <- struct{}{}:
+			return func() { <-u.progress; leave() }, nil
+		default:
+		}
+		switch {
+		case ctx.Err() != nil, db.outage() && time.Since(requestStart(ctx)) > outageWait:
+			leave()
+			return nil, fmt.Errorf("%w: wait for a turn", errUnavailable)
+		case waited >= turnTimeout:
+			leave()
+			return nil, errTooMany
+		case db.answers():
+			waited += tick
+		}
+		select {
+		case u.progress <- struct{}{}:
+			return func() { <-u.progress; leave() }, nil
+		case <-time.After(tick):
+		case <-ctx.Done():
+		}
+	}
+}
+
+// methods are those that the Allow header, the log and the metrics name.
+var methods = []string{"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"}
+
+// noRoute answers requests that match no route: a preflight of a listed origin, or a 404 or 405 in
+// JSON. A mux with a "/" pattern does not send 405 by itself, so noRoute asks it which methods the
+// path accepts.
+func (s *server) noRoute(_ context.Context, w http.ResponseWriter, r *http.Request) error {
+	if r.Method == http.MethodOptions && w.Header().Get("Access-Control-Allow-Origin") != "" {
+		preflight(w, r)
+		return nil
+	}
+	var allow []string
+	for _, method := range methods {
+		if _, pattern := s.mux.Handler(&http.Request{Method: method, URL: r.URL}); pattern != "/" {
+			allow = append(allow, method)
+			r.Pattern = pattern // for the log
+		}
+	}
+	if allow == nil {
+		return errNoPath
+	}
+	w.Header().Set("Allow", strings.Join(allow, ", "))
+	return errMethod
+}
+
+// An apiError is an error with a text for the client. What wraps it is for the log.
+type apiError struct {
+	status int
+	detail string
+}
+
+func (e apiError) Error() string { return e.detail }
+
+// The errors of the API, except validation errors, which invalid makes.
+var (
+	errBadJSON     = apiError{400, "The request body must be one JSON object in valid UTF-8."}
+	errCutBody     = apiError{400, "The request body is malformed or shorter than its Content-Length."}
+	errNoToken     = apiError{401, "Send an access token: Authorization: Bearer <token>."}
+	errBadToken    = apiError{401, "The access token is invalid or has expired. Get a new one."}
+	errOtherUser   = apiError{403, "The access token is for another user than the one in the path."}
+	errNoPath      = apiError{404, "There is no such path."}
+	errNotFound    = apiError{404, "Not found: there is nothing with this id, or it belongs to another user."}
+	errMethod      = apiError{405, "This path does not accept this method. The Allow header lists those that it accepts."}
+	errSlowBody    = apiError{408, "The request body did not arrive in time."}
+	errChanged     = apiError{412, "The version in If-Match is not the current one. Get the current version and decide again."}
+	errLargeBody   = apiError{413, fmt.Sprintf("The request body must not exceed %d bytes.", maxBody)}
+	errNotJSON     = apiError{415, "The request body must be JSON. Send Content-Type: application/json."}
+	errEncoded     = apiError{415, "The request body must not be compressed. Send it without Content-Encoding."}
+	errKeyReused   = apiError{422, "This Idempotency-Key was used with another body. Use a new key for a new request."}
+	errTooMany     = apiError{429, "Too many of your requests are in progress. Try again shortly; nothing was changed."}
+	errInternal    = apiError{500, "Internal error. Report it with the X-Request-Id of this response."}
+	errUnavailable = apiError{503, "The database is unavailable or did not answer in time. Try again shortly. " +
+		"A change may or may not have been made; with the same Idempotency-Key or If-Match it is safe to repeat."}
+)
+
+// invalid returns the error for a value that breaks a rule. The text names both.
+func invalid(format string, args ...any) error {
+	return apiError{422, fmt.Sprintf(format, args...)}
+}
+
+// writeError is the one place where an error becomes a response. An error that is no apiError is a
+// bug of the service.
+func writeError(w http.ResponseWriter, err error) {
+	e, ok := errors.AsType[apiError](err)
+	if !ok {
+		e = errInternal
+	}
+	switch e {
+	case errNoToken:
+		w.Header().Set("WWW-Authenticate", `Bearer`)
+	case errBadToken:
+		w.Header().Set("WWW-Authenticate", `Bearer error="invalid_token"`) // RFC 6750, section 3.1
+	case errEncoded:
+		w.Header().Set("Accept-Encoding", "identity") // RFC 9110, section 15.5.16
+	case errCutBody, errSlowBody, errLargeBody:
+		w.Header().Set("Connection", "close") // the rest of the body is not read
+	case errTooMany, errUnavailable:
+		w.Header().Set("Retry-After", "1") // seconds; Neon resumes in less
+	}
+	writeJSON(w, e.status, map[string]string{"detail": e.detail})
+}
+
+// writeJSON writes v. It returns an error only for a type that JSON does not have.
+func writeJSON(w http.ResponseWriter, status int, v any) error {
+	var body bytes.Buffer
+	if err := json.NewEncoder(&body).Encode(v); err != nil {
+		return err
+	}
+	write(w, status, "application/json", body.Bytes())
+	return nil
+}
+
+// write writes a whole response. If it fails, the client has disconnected.
+func write(w http.ResponseWriter, status int, contentType string, body []byte) {
+	w.Header().Set("Content-Type", contentType)
+	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
+	w.WriteHeader(status)
+	w.Write(body)
+}
+
+// readObject returns the members of the JSON object in a request's body, nil if the body is empty. It
+// stops waiting for the body when ctx is done.
+func readObject(ctx context.Context, w http.ResponseWriter, r *http.Request) (map[string]json.RawMessage, error) {
+	if r.ContentLength > maxBody {
+		return nil, errLargeBody
+	}
+	stopReading := func() { http.NewResponseController(w).SetReadDeadline(time.Now()) }
+	defer context.AfterFunc(ctx, stopReading)()
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
+	_, tooLarge := errors.AsType[*http.MaxBytesError](err)
+	switch { // in the order of the contract: 413, 415, then 408 or 400
+	case tooLarge:
+		return nil, errLargeBody
+	case len(body) > 0 && !isJSON(r.Header.Get("Content-Type")):
+		return nil, errNotJSON
+	case len(body) > 0 && !strings.EqualFold(cmp.Or(strings.TrimSpace(r.Header.Get("Content-Encoding")), "identity"), "identity"):
+		return nil, errEncoded
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return nil, fmt.Errorf("%w: %w", errSlowBody, err)
+	case err != nil:
+		return nil, fmt.Errorf("%w: %w", errCutBody, err)
+	}
+	r.Body = http.NoBody // all of it was read: see handle
+	if len(body) == 0 {
+		return nil, nil
+	}
+	return parseObject(bytes.TrimPrefix(body, []byte("\ufeff"))) // RFC 8259, section 8.1
+}
+
+// isJSON reports whether a Content-Type is absent or a JSON type.
+func isJSON(contentType string) bool {
+	if contentType == "" {
+		return true
+	}
+	media, _, _ := mime.ParseMediaType(contentType)
+	kind, subtype, _ := strings.Cut(media, "/")
+	return media == "application/json" || kind != "" && strings.HasSuffix(subtype, "+json")
+}
+
+// parseObject returns the members of a JSON object under their exact names. It rejects text that
+// encoding/json would replace with U+FFFD.
+func parseObject(body []byte) (map[string]json.RawMessage, error) {
+	var members map[string]json.RawMessage
+	if err := json.Unmarshal(body, &members); err != nil {
+		return nil, fmt.Errorf("%w: %w", errBadJSON, err)
+	}
+	if members == nil || !utf8.Valid(body) || hasLoneSurrogate(body) { // nil: the body is null
+		return nil, errBadJSON
+	}
+	return members, nil
+}
+
+// hasLoneSurrogate reports whether a \u escape in valid JSON is half of a surrogate pair, which is
+// no character (RFC 8259, section 8.2).
+func hasLoneSurrogate(text []byte) bool {
+	codeUnit := func(hex []byte) rune {
+		n, _ := strconv.ParseUint(string(hex), 16, 16)
+		return rune(n)
+	}
+	for {
+		i := bytes.IndexByte(text, '\\')
+		if i < 0 {
+			return false
+		}
+		if text[i+1] != 'u' {
+			text = text[i+2:]
+			continue
+		}
+		first := codeUnit(text[i+2 : i+6])
+		text = text[i+6:]
+		if !utf16.IsSurrogate(first) {
+			continue
+		}
+		if !bytes.HasPrefix(text, []byte(`\u`)) || utf16.DecodeRune(first, codeUnit(text[2:6])) == utf8.RuneError {
+			return true
+		}
+		text = text[6:]
+	}
+}
+
+//go:embed openapi.json
+var openAPI []byte
+
+//go:embed docs.html
+var docsPage []byte
+
+// document returns an endpoint that serves content from memory.
+func document(contentType string, content []byte) endpoint {
+	return func(_ context.Context, w http.ResponseWriter, _ *http.Request) error {
+		write(w, http.StatusOK, contentType, content)
+		return nil
+	}
+}
+
+// docsPolicy allows docs.html its two files of Swagger UI, its own script, by its hash, and calls to
+// this API.
+const docsPolicy = "default-src 'none'; " +
+	"script-src https://cdn.jsdelivr.net/npm/swagger-ui-dist@5.35.0/ 'sha256-yXh1OrGy64wi+FamPYbkEUpk/8ci6RvuqFDyHak2/Ms='; " +
+	"style-src https://cdn.jsdelivr.net/npm/swagger-ui-dist@5.35.0/; " +
+	"img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+
+// docs serves Swagger UI.
+func (s *server) docs(_ context.Context, w http.ResponseWriter, _ *http.Request) error {
+	w.Header().Set("Content-Security-Policy", docsPolicy)
+	w.Header().Set("Referrer-Policy", "no-referrer")
+	write(w, http.StatusOK, "text/html; charset=utf-8", docsPage)
+	return nil
+}
+
+// live answers as long as the process does. It does not use the database: a platform checks it every
+// 30 s, and Neon would never suspend.
+func (s *server) live(_ context.Context, w http.ResponseWriter, _ *http.Request) error {
+	return writeJSON(w, http.StatusOK, map[string]string{"status": "alive"})
+}
+
+// ready reports whether the database can serve requests. It is for people and smoke tests.
+func (s *server) ready(ctx context.Context, w http.ResponseWriter, _ *http.Request) error {
+	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
+	defer cancel()
+	if err := s.db.check(ctx); err != nil {
+		return err
+	}
+	return writeJSON(w, http.StatusOK, map[string]string{"status": "ready"})
+}
+
+// setCORS allows a listed origin to read the response. It logs another one, because its page only
+// shows "Failed to fetch". A page of this host, such as /docs, needs no permission.
+func (s *server) setCORS(w http.ResponseWriter, r *http.Request) {
+	if len(s.origins) == 0 {
+		return
+	}
+	h := w.Header()
+	h.Set("Vary", "Origin")
+	origin := r.Header.Get("Origin")
+	if !slices.Contains(s.origins, origin) {
+		if origin != "" && !strings.HasSuffix(origin, "://"+r.Host) {
+			s.log.Warn(fmt.Sprintf("the origin %q is not in CORS_ORIGINS", truncate(origin, 200)),
+				"request_id", h.Get("X-Request-Id"))
+		}
+		return
+	}
+	h.Set("Access-Control-Allow-Origin", origin)
+	h.Set("Access-Control-Allow-Credentials", "true")
+	h.Set("Access-Control-Expose-Headers", "ETag, Link, Location, X-Total-Count, X-Request-Id, Retry-After, "+
+		"Idempotency-Replayed, WWW-Authenticate")
+}
+
+// preflight answers an OPTIONS request of a listed origin. It allows the headers that the API reads
+// and those that the page requests: tracing libraries add their own to every request.
+func preflight(w http.ResponseWriter, r *http.Request) {
+	allowed := []string{"Authorization", "Content-Type", "If-Match", "If-None-Match", "Idempotency-Key", "X-Request-Id"}
+	for name := range strings.SplitSeq(strings.Join(r.Header["Access-Control-Request-Headers"], ","), ",") {
+		name = strings.TrimSpace(name)
+		known := func(a string) bool { return strings.EqualFold(a, name) }
+		if token.MatchString(name) && !slices.ContainsFunc(allowed, known) {
+			allowed = append(allowed, name)
+		}
+	}
+	w.Header().Set("Access-Control-Allow-Headers", strings.Join(allowed, ", "))
+	w.Header().Set("Access-Control-Allow-Methods", "GET, POST, PUT, PATCH, DELETE")
+	w.Header().Set("Access-Control-Max-Age", "7200") // seconds; Chromium's maximum
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// token matches a header name (RFC 9110, section 5.6.2).
+var token = regexp.MustCompile("^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}$")
+
+// newLogger writes one JSON object per line, with the field names and severities of Google Cloud's
+// logs.
 func newLogger(w io.Writer, level slog.Level) *slog.Logger {
 	return slog.New(slog.NewJSONHandler(w, &slog.HandlerOptions{
 		Level: level,
@@ -174,63 +743,168 @@ func newLogger(w io.Writer, level slog.Level) *slog.Logger {
 	}))
 }
 
-// A server is the API over one database.
-type server struct {
-	auth    *authenticator
-	db      *database
-	log     *slog.Logger
-	origins []string // whose pages may call, CORS_ORIGINS
-	project string   // GOOGLE_CLOUD_PROJECT
-	mux     *http.ServeMux
-
-	work   context.Context // of everything the database does
-	cancel func()          // ends it, when a stop takes too long
-
-	mu     sync.Mutex
-	counts map[series]sums
-}
-
-func newServer(auth *authenticator, db *database, log *slog.Logger, origins []string, project string) *server {
-	s := &server{auth: auth, db: db, log: log, origins: origins, project: project, mux: http.NewServeMux(), counts: map[series]sums{}}
-	s.work, s.cancel = context.WithCancel(context.Background())
-	for pattern, e := range s.routes() {
-		s.mux.HandleFunc(pattern, s.handle(e))
+// record logs a request in one line and counts it.
+func (s *server) record(w *response, r *http.Request, trace *dbTrace, err error) {
+	took := time.Since(trace.start)
+	_, route, _ := strings.Cut(r.Pattern, " ")
+	method := r.Method
+	if !slices.Contains(methods, method) {
+		method = "other" // clients can invent any number of methods, of any length
 	}
-	s.mux.HandleFunc("/", s.handle(s.noRoute))
-	return s
+	s.metrics.observe(cmp.Or(route, r.Pattern), method, w.status, took)
+	level := slog.LevelInfo
+	switch {
+	case w.status == http.StatusServiceUnavailable:
+		level = slog.LevelWarn
+	case w.status >= 500:
+		level = slog.LevelError
+	}
+	attrs := []slog.Attr{
+		slog.String("request_id", w.Header().Get("X-Request-Id")),
+		slog.String("method", method),
+		slog.String("route", cmp.Or(route, r.Pattern)),
+		slog.Int("status", w.status),
+		slog.Int64("duration_us", took.Microseconds()),
+		slog.Int("bytes", w.bytes),
+		slog.Int64("db_us", trace.total.Microseconds()),
+		slog.Int64("db_wait_us", trace.waiting.Microseconds()),
+	}
+	if err != nil {
+		attrs = append(attrs, slog.String("error", truncate(err.Error(), maxLogged)))
+	}
+	// The trace id of Cloud Run's header, or of W3C Trace Context.
+	traces := r.Header.Get("X-Cloud-Trace-Context") + " " + r.Header.Get("Traceparent")
+	if id := traceID.FindString(traces); id != "" {
+		if s.project != "" {
+			id = "projects/" + s.project + "/traces/" + id
+		}
+		attrs = append(attrs, slog.String("logging.googleapis.com/trace", id))
+	}
+	s.log.LogAttrs(context.Background(), level, "request", attrs...)
 }
 
-// routes is every route of the service.
-func (s *server) routes() map[string]endpoint {
-	return map[string]endpoint{
-		"GET /api/{user_id}/tasks":                 s.forUser(s.listTasks),
-		"POST /api/{user_id}/tasks":                s.forUser(s.createTask),
-		"GET /api/{user_id}/tasks/{id}":            s.forUser(s.getTask),
-		"PUT /api/{user_id}/tasks/{id}":            s.forUser(s.updateTask),
-		"PATCH /api/{user_id}/tasks/{id}":          s.forUser(s.updateTask),
-		"PATCH /api/{user_id}/tasks/{id}/complete": s.forUser(s.completeTask),
-		"DELETE /api/{user_id}/tasks/{id}":         s.forUser(s.deleteTask),
-		"GET /health/live":                         s.live,
-		"GET /health/ready":                        s.ready,
-		"GET /openapi.json":                        document("application/json", openAPI),
-		"GET /docs":                                document("text/html; charset=utf-8", docs),
+var traceID = regexp.MustCompile(`\b[0-9a-fA-F]{32}\b`)
+
+// truncate returns the first n bytes of text, less what would be part of a character.
+func truncate(text string, n int) string {
+	if len(text) <= n {
+		return text
+	}
+	return strings.ToValidUTF8(text[:n], "")
+}
+
+// buckets are the upper bounds of the histogram, in seconds. The database may be 1 ms away, or
+// 100 ms, or suspended; a request ends after requestTimeout.
+var buckets = []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 16}
+
+// metrics counts requests. There are few series, because a route is a pattern.
+type metrics struct {
+	mu       sync.Mutex
+	requests map[requestSeries]int
+	times    map[timeSeries]*histogram
+}
+
+type requestSeries struct {
+	route, method string
+	status        int
+}
+
+type timeSeries struct{ route, method string }
+
+type histogram struct {
+	counts [15]int // by bucket, the last one without a bound
+	sum    time.Duration
+}
+
+func (m *metrics) observe(route, method string, status int, took time.Duration) {
+	bucket, _ := slices.BinarySearch(buckets, took.Seconds())
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.requests == nil {
+		m.requests, m.times = map[requestSeries]int{}, map[timeSeries]*histogram{}
+	}
+	m.requests[requestSeries{route, method, status}]++
+	h := m.times[timeSeries{route, method}]
+	if h == nil {
+		h = &histogram{}
+		m.times[timeSeries{route, method}] = h
+	}
+	h.counts[bucket]++
+	h.sum += took
+}
+
+// write writes the request metrics in Prometheus' text format.
+func (m *metrics) write(w io.Writer) {
+	const duration = "todo_http_request_duration_seconds"
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	fmt.Fprint(w, "# HELP todo_http_requests_total Requests by route, method and status.\n# TYPE todo_http_requests_total counter\n")
+	for series, n := range m.requests {
+		fmt.Fprintf(w, "todo_http_requests_total{route=%q,method=%q,status=\"%d\"} %d\n", series.route, series.method, series.status, n)
+	}
+	fmt.Fprintf(w, "# HELP %[1]s Time from the end of the request's header to its response.\n# TYPE %[1]s histogram\n", duration)
+	for series, h := range m.times {
+		labels, total := fmt.Sprintf("route=%q,method=%q", series.route, series.method), 0
+		for i, n := range h.counts {
+			total += n
+			bound := "+Inf"
+			if i < len(buckets) {
+				bound = strconv.FormatFloat(buckets[i], 'g', -1, 64)
+			}
+			fmt.Fprintf(w, "%s_bucket{%s,le=%q} %d\n", duration, labels, bound, total)
+		}
+		fmt.Fprintf(w, "%s_sum{%s} %g\n%s_count{%s} %d\n", duration, labels, h.sum.Seconds(), duration, labels, total)
 	}
 }
 
-// serve runs the service until ctx is done, a signal comes or it fails. It
-// listens before the database answers, so that a cold one does not fail a
-// deploy: requests wait for it within their deadline.
+// serveMetrics answers in Prometheus' text format, from what the process itself knows.
+func (s *server) serveMetrics(w http.ResponseWriter, _ *http.Request) {
+	var text bytes.Buffer
+	s.metrics.write(&text)
+	pool := s.db.pool.Stat()
+	var memory runtime.MemStats
+	runtime.ReadMemStats(&memory)
+	for _, m := range []struct {
+		name, kind, help string
+		value            float64
+	}{
+		{"todo_db_statements_total", "counter", "Statements sent to the database.", float64(s.db.statements.Load())},
+		{"todo_db_statement_seconds_total", "counter", "Time from sending a statement to its last row.",
+			time.Duration(s.db.statementTime.Load()).Seconds()},
+		{"todo_db_connections_acquired", "gauge", "Connections in use.", float64(pool.AcquiredConns())},
+		{"todo_db_connections_idle", "gauge", "Connections not in use.", float64(pool.IdleConns())},
+		{"todo_db_connections_open", "gauge", "Connections, including those being established.", float64(pool.TotalConns())},
+		{"todo_db_connections_max", "gauge", "Maximum size of the pool.", float64(pool.MaxConns())},
+		{"todo_db_connections_new_total", "counter", "Attempts to connect.", float64(pool.NewConnsCount())},
+		{"todo_db_acquires_total", "counter", "Acquires that returned a connection.", float64(pool.AcquireCount())},
+		{"todo_db_acquire_waits_total", "counter", "Acquires that waited for a connection to be released or established.",
+			float64(pool.EmptyAcquireCount())},
+		{"todo_db_acquire_wait_seconds_total", "counter", "Time that those acquires waited.", pool.EmptyAcquireWaitTime().Seconds()},
+		{"todo_db_acquires_canceled_total", "counter", "Acquires canceled before a connection was available.",
+			float64(pool.CanceledAcquireCount())},
+		{"go_goroutines", "gauge", "Number of goroutines that currently exist.", float64(runtime.NumGoroutine())},
+		{"go_memstats_heap_alloc_bytes", "gauge", "Number of heap bytes allocated and still in use.", float64(memory.HeapAlloc)},
+		{"go_memstats_sys_bytes", "gauge", "Number of bytes obtained from system.", float64(memory.Sys)},
+	} {
+		fmt.Fprintf(&text, "# HELP %s %s\n# TYPE %s %s\n%s %g\n", m.name, m.help, m.name, m.kind, m.name, m.value)
+	}
+	write(w, http.StatusOK, "text/plain; version=0.0.4; charset=utf-8", text.Bytes())
+}
+
+// serve runs the service until ctx is done, a signal arrives or it fails. It listens before the
+// database is ready, so that a suspended one does not fail a deploy: requests wait for it in query,
+// up to their deadline.
 func (s *server) serve(ctx context.Context, port, metricsPort string) error {
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	failed := make(chan error, 3)
+	failed := make(chan error, 3) // two listeners and the start of the database
 	public, err := s.listen("PORT", port, s, failed)
 	if err != nil {
 		return err
 	}
 	if metricsPort != "" {
 		mux := http.NewServeMux()
-		mux.HandleFunc("GET /metrics", s.metrics)
+		mux.HandleFunc("GET /metrics", s.serveMetrics)
 		mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) { writeError(w, errNoPath) })
 		private, err := s.listen("METRICS_PORT", metricsPort, mux, failed)
 		if err != nil {
@@ -245,22 +919,24 @@ func (s *server) serve(ctx context.Context, port, metricsPort string) error {
 		}
 	}()
 
+	grace := graceTime
 	select {
 	case err = <-failed:
-		s.cancel()
 	case err = <-s.db.failed:
-		s.cancel()
 	case <-ctx.Done():
 	}
 	stop() // a second signal ends the process at once
-	s.log.Info("stopping")
-	s.drain(public)
+	if err != nil {
+		grace = 0
+		s.cancel()
+	}
+	s.log.Info("shutting down")
+	s.drain(public, grace)
 	s.log.Info("stopped")
 	return err
 }
 
-// listen serves h on all addresses of the setting's port, and sends how that
-// ended to failed.
+// listen serves h on all addresses of the setting's port, and sends how that ended to failed.
 func (s *server) listen(setting, port string, h http.Handler, failed chan<- error) (*http.Server, error) {
 	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
 		return nil, fmt.Errorf("%s must be a port number from 1 to 65535", setting)
@@ -282,12 +958,16 @@ func (s *server) listen(setting, port string, h http.Handler, failed chan<- erro
 	return hs, nil
 }
 
-// drain lets the requests in flight finish, as far as the time goes.
-func (s *server) drain(public *http.Server) {
-	time.AfterFunc(cancelWork, s.cancel)
-	late := time.After(leave)
-	ctx, cancel := context.WithTimeout(context.Background(), closeConns)
+// drain finishes the requests in progress, as far as the time allows. At first it still accepts
+// requests and asks their clients to close the connection: a client that reuses a connection while
+// the server closes it loses its request.
+func (s *server) drain(public *http.Server, grace time.Duration) {
+	s.stopping.Store(true)
+	time.AfterFunc(cancelAfter, s.cancel)
+	exit := time.After(exitAfter)
+	ctx, cancel := context.WithTimeout(context.Background(), closeAfter)
 	defer cancel()
+	time.Sleep(grace)
 	if err := public.Shutdown(ctx); err != nil {
 		public.Close()
 	}
@@ -298,381 +978,6 @@ func (s *server) drain(public *http.Server) {
 	}()
 	select {
 	case <-closed:
-	case <-late:
+	case <-exit:
 	}
-}
-
-// ServeHTTP gives every answer its common headers and logs it in one line.
-func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
-	start := time.Now()
-	id := r.Header.Get("X-Request-Id")
-	if !saneID.MatchString(id) {
-		id = rand.Text()
-	}
-	w := &response{ResponseWriter: rw}
-	w.Header().Set("X-Request-Id", id)
-	w.Header().Set("X-Content-Type-Options", "nosniff")
-	if strings.HasPrefix(r.URL.Path, "/api/") {
-		w.Header().Set("Cache-Control", "no-store")
-	}
-	if !s.cors(w, r) {
-		s.mux.ServeHTTP(w, r)
-	}
-
-	took := time.Since(start)
-	route := r.Pattern[strings.Index(r.Pattern, " ")+1:]
-	s.observe(series{route, r.Method, w.status}, took)
-	level := slog.LevelInfo
-	switch {
-	case w.status == http.StatusServiceUnavailable:
-		level = slog.LevelWarn
-	case w.status >= 500:
-		level = slog.LevelError
-	}
-	attrs := append(make([]slog.Attr, 0, 8),
-		slog.String("request_id", id),
-		slog.String("method", r.Method),
-		slog.String("route", route),
-		slog.Int("status", w.status),
-		slog.Int64("duration_us", took.Microseconds()),
-		slog.Int("bytes", w.bytes))
-	if w.err != nil {
-		attrs = append(attrs, slog.String("error", w.err.Error()))
-	}
-	if trace := traceID.FindString(r.Header.Get("X-Cloud-Trace-Context") + " " + r.Header.Get("Traceparent")); trace != "" {
-		if s.project != "" {
-			trace = "projects/" + s.project + "/traces/" + trace
-		}
-		attrs = append(attrs, slog.String("logging.googleapis.com/trace", trace))
-	}
-	s.log.LogAttrs(context.Background(), level, "request", attrs...)
-}
-
-var (
-	// A client's request id that may go into the log and back.
-	saneID = regexp.MustCompile(`^[0-9A-Za-z._:/+=-]{1,128}$`)
-	// The trace in Cloud Run's header, or that of W3C Trace Context.
-	traceID = regexp.MustCompile(`\b[0-9a-fA-F]{32}\b`)
-)
-
-// cors lets the pages of the listed origins call, and answers their preflight
-// requests, which carry no token.
-func (s *server) cors(w http.ResponseWriter, r *http.Request) (preflight bool) {
-	if len(s.origins) == 0 {
-		return false
-	}
-	h := w.Header()
-	h.Set("Vary", "Origin")
-	origin := r.Header.Get("Origin")
-	if !slices.Contains(s.origins, origin) {
-		return false
-	}
-	h.Set("Access-Control-Allow-Origin", origin)
-	h.Set("Access-Control-Allow-Credentials", "true")
-	h.Set("Access-Control-Expose-Headers", "ETag, Link, Location, X-Total-Count, X-Request-Id, Retry-After, Idempotency-Replayed, WWW-Authenticate")
-	if r.Method != http.MethodOptions {
-		return false
-	}
-	h.Set("Access-Control-Allow-Methods", "GET, POST, PUT, PATCH, DELETE")
-	h.Set("Access-Control-Allow-Headers", "Authorization, Content-Type, If-Match, If-None-Match, Idempotency-Key, X-Request-Id")
-	h.Set("Access-Control-Max-Age", "7200") // seconds; Chromium takes no more
-	w.WriteHeader(http.StatusNoContent)
-	return true
-}
-
-// A response remembers what the log needs to know of an answer.
-type response struct {
-	http.ResponseWriter
-	status, bytes int
-	err           error
-}
-
-func (w *response) WriteHeader(status int) {
-	w.status = status
-	w.ResponseWriter.WriteHeader(status)
-}
-
-func (w *response) Write(p []byte) (int, error) {
-	n, err := w.ResponseWriter.Write(p)
-	w.bytes += n
-	return n, err
-}
-
-// Unwrap is for http.ResponseController.
-func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
-
-// An endpoint answers a request or returns an error, never both. Its context
-// ends with the request's deadline and not when the client goes away: an
-// abandoned write may be committed all the same, and cancelling it would cost
-// its connection.
-type endpoint func(ctx context.Context, w http.ResponseWriter, r *http.Request) error
-
-// handle makes a handler of an endpoint, for ServeHTTP, and its error or panic the answer.
-func (s *server) handle(e endpoint) http.HandlerFunc {
-	return func(w http.ResponseWriter, r *http.Request) {
-		ctx, _ := withTrace(s.work)
-		ctx, cancel := context.WithTimeout(ctx, requestTimeout)
-		defer cancel()
-		answer := w.(*response)
-		defer func() {
-			if v := recover(); v != nil {
-				answer.err = fmt.Errorf("panic: %v\n%s", v, debug.Stack())
-			}
-			if answer.err != nil && answer.status == 0 {
-				writeError(w, answer.err)
-			}
-		}()
-		answer.err = e(ctx, w, r)
-	}
-}
-
-// forUser makes an endpoint of one that serves the verified user of the path.
-func (s *server) forUser(e func(ctx context.Context, w http.ResponseWriter, r *http.Request, at target) error) endpoint {
-	return func(ctx context.Context, w http.ResponseWriter, r *http.Request) error {
-		user, err := s.auth.user(r)
-		if err != nil {
-			return err
-		}
-		if r.PathValue("user_id") != user {
-			return errNotYours
-		}
-		at := target{user: user}
-		if text := r.PathValue("id"); text != "" {
-			id, err := strconv.ParseUint(text, 10, 63)
-			if err != nil || id == 0 {
-				return errNoTask
-			}
-			at.id = int64(id)
-		}
-		return e(ctx, w, r, at)
-	}
-}
-
-// methods are those that the Allow header and the metrics know.
-var methods = []string{"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"}
-
-// noRoute refuses what no route takes. The mux by itself would do so in plain text.
-func (s *server) noRoute(_ context.Context, w http.ResponseWriter, r *http.Request) error {
-	var allow []string
-	for _, method := range methods {
-		if _, pattern := s.mux.Handler(&http.Request{Method: method, URL: r.URL}); pattern != "/" {
-			allow = append(allow, method)
-			r.Pattern = pattern // for the log
-		}
-	}
-	if allow == nil {
-		return errNoPath
-	}
-	w.Header().Set("Allow", strings.Join(allow, ", "))
-	return errMethod
-}
-
-// A refusal is an error with a text for the client. Whatever wraps it is for the log.
-type refusal struct {
-	status int
-	detail string
-}
-
-func (e refusal) Error() string { return e.detail }
-
-// The API's errors, but for the values that invalid refuses.
-var (
-	errBadJSON   = refusal{400, "The request body must be one JSON object in valid UTF-8."}
-	errCutBody   = refusal{400, "The request body is malformed or ended before its length."}
-	errNoToken   = refusal{401, "Send an access token, as Authorization: Bearer <token>."}
-	errBadToken  = refusal{401, "The access token is not valid or has expired: get a new one."}
-	errNotYours  = refusal{403, "The access token is not for the user in the path."}
-	errNoPath    = refusal{404, "There is nothing at this path."}
-	errNoTask    = refusal{404, "There is no such task."}
-	errMethod    = refusal{405, "This path does not take this method: the Allow header lists those it takes."}
-	errSlowBody  = refusal{408, "The request body did not arrive in time."}
-	errChanged   = refusal{412, "The task is not the version that If-Match names: get it again and decide anew."}
-	errLargeBody = refusal{413, fmt.Sprintf("The request body must not exceed %d bytes.", maxBody)}
-	errNotJSON   = refusal{415, "The request body must be JSON: send Content-Type: application/json."}
-	errKeyReused = refusal{422, "This Idempotency-Key was used for another task: send a new key with a new body."}
-
-	errInternal    = refusal{500, "Something went wrong on our side: report it with the X-Request-Id of this answer."}
-	errUnavailable = refusal{503, "The database cannot be reached, is waking up or did not answer in time: try again in a moment; a change may have been made or not, and is safe to repeat with the same Idempotency-Key or If-Match."}
-)
-
-// invalid refuses a value, named together with its rule.
-func invalid(format string, args ...any) error {
-	return refusal{422, fmt.Sprintf(format, args...)}
-}
-
-// writeError is where an error becomes an answer. One that is no refusal is ours.
-func writeError(w http.ResponseWriter, err error) {
-	answer, ok := errors.AsType[refusal](err)
-	if !ok {
-		answer = errInternal
-	}
-	switch answer {
-	case errNoToken:
-		w.Header().Set("WWW-Authenticate", `Bearer`)
-	case errBadToken:
-		w.Header().Set("WWW-Authenticate", `Bearer error="invalid_token"`) // RFC 6750, 3.1
-	case errCutBody, errSlowBody, errLargeBody:
-		w.Header().Set("Connection", "close") // what is left of the body is not read
-	case errUnavailable:
-		w.Header().Set("Retry-After", "1") // seconds; Neon wakes in less
-	}
-	writeJSON(w, answer.status, map[string]string{"detail": answer.detail})
-}
-
-// writeJSON answers with v. It cannot fail but on a type that JSON does not have.
-func writeJSON(w http.ResponseWriter, status int, v any) error {
-	var body bytes.Buffer
-	if err := json.NewEncoder(&body).Encode(v); err != nil {
-		return err
-	}
-	write(w, status, "application/json", body.Bytes())
-	return nil
-}
-
-// write answers with a body. Should that fail, the client is gone.
-func write(w http.ResponseWriter, status int, contentType string, body []byte) {
-	w.Header().Set("Content-Type", contentType)
-	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
-	w.WriteHeader(status)
-	w.Write(body)
-}
-
-// readObject returns the members of a request's body, nil if that is empty. It
-// does not wait for a body when ctx is done.
-func readObject(ctx context.Context, w http.ResponseWriter, r *http.Request) (map[string]json.RawMessage, error) {
-	if r.ContentLength > maxBody {
-		return nil, errLargeBody
-	}
-	defer context.AfterFunc(ctx, func() { http.NewResponseController(w).SetReadDeadline(time.Now()) })()
-	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
-	_, tooLarge := errors.AsType[*http.MaxBytesError](err)
-	media, _, _ := mime.ParseMediaType(cmp.Or(r.Header.Get("Content-Type"), "application/json"))
-	_, subtype, _ := strings.Cut(media, "/")
-	switch {
-	case tooLarge:
-		return nil, errLargeBody
-	case len(body) > 0 && media != "application/json" && !strings.HasSuffix(subtype, "+json"):
-		return nil, errNotJSON
-	case errors.Is(err, os.ErrDeadlineExceeded):
-		return nil, fmt.Errorf("%w: %w", errSlowBody, err)
-	case err != nil:
-		return nil, fmt.Errorf("%w: %w", errCutBody, err)
-	case len(body) == 0:
-		return nil, nil
-	}
-	return parseObject(body)
-}
-
-// parseObject returns the members of a JSON object, under their exact names.
-// encoding/json would put U+FFFD in the place of malformed text; here it is refused.
-func parseObject(body []byte) (map[string]json.RawMessage, error) {
-	var members map[string]json.RawMessage
-	if err := json.Unmarshal(body, &members); err != nil {
-		return nil, fmt.Errorf("%w: %w", errBadJSON, err)
-	}
-	if members == nil || !utf8.Valid(body) || bytes.Contains(body, []byte(`\u`)) && !paired.Match(body) { // nil: the body is null
-		return nil, errBadJSON
-	}
-	return members, nil
-}
-
-// paired matches JSON in which every surrogate that is escaped is one of a
-// pair: half of one is no character (RFC 8259, 8.2).
-var paired = regexp.MustCompile(`^(?:[^\\]|\\[^u]|\\u(?:[^dD]|[dD][0-7])|\\u[dD][89abAB]..\\u[dD][c-fC-F])*$`)
-
-//go:embed openapi.json
-var openAPI []byte
-
-//go:embed docs.html
-var docs []byte
-
-// document serves content from memory.
-func document(contentType string, content []byte) endpoint {
-	return func(_ context.Context, w http.ResponseWriter, _ *http.Request) error {
-		write(w, http.StatusOK, contentType, content)
-		return nil
-	}
-}
-
-// live answers as long as the process does. It must not touch the database: a
-// platform's check every 30 s would never let Neon sleep.
-func (s *server) live(_ context.Context, w http.ResponseWriter, _ *http.Request) error {
-	return writeJSON(w, http.StatusOK, map[string]string{"status": "alive"})
-}
-
-// ready answers whether the database can serve; for people and smoke tests.
-func (s *server) ready(ctx context.Context, w http.ResponseWriter, _ *http.Request) error {
-	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
-	defer cancel()
-	if err := s.db.check(ctx); err != nil {
-		return err
-	}
-	return writeJSON(w, http.StatusOK, map[string]string{"status": "ready"})
-}
-
-// A series of requests, of which there are few: routes are patterns.
-type series struct {
-	route, method string
-	status        int
-}
-
-type sums struct {
-	requests int
-	took     time.Duration
-}
-
-// observe counts a request for the metrics.
-func (s *server) observe(of series, took time.Duration) {
-	if !slices.Contains(methods, of.method) {
-		of.method = "other" // clients may invent any number
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	c := s.counts[of]
-	s.counts[of] = sums{c.requests + 1, c.took + took}
-}
-
-// metrics answers in Prometheus' text format, from what the process knows by itself.
-func (s *server) metrics(w http.ResponseWriter, _ *http.Request) {
-	text := bytes.NewBufferString("# HELP todo_http_requests_total Requests answered.\n# TYPE todo_http_requests_total counter\n")
-	seconds := bytes.NewBufferString("# HELP todo_http_request_seconds_total Time from a request to its answer.\n# TYPE todo_http_request_seconds_total counter\n")
-	s.mu.Lock()
-	for of, c := range s.counts {
-		labels := fmt.Sprintf("{route=%q,method=%q,status=\"%d\"}", of.route, of.method, of.status)
-		fmt.Fprintf(text, "todo_http_requests_total%s %d\n", labels, c.requests)
-		fmt.Fprintf(seconds, "todo_http_request_seconds_total%s %g\n", labels, c.took.Seconds())
-	}
-	s.mu.Unlock()
-	seconds.WriteTo(text)
-	pool := s.db.pool.Stat()
-	var memory runtime.MemStats
-	runtime.ReadMemStats(&memory)
-	for _, m := range []struct {
-		name, kind, help string
-		value            float64
-	}{
-		{"todo_db_connections_acquired", "gauge", "Database connections in use.", float64(pool.AcquiredConns())},
-		{"todo_db_connections_idle", "gauge", "Database connections that are free.", float64(pool.IdleConns())},
-		{"todo_db_connections_open", "gauge", "Database connections in all, those that are being opened too.", float64(pool.TotalConns())},
-		{"todo_db_connections_max", "gauge", "Database connections there may be.", float64(pool.MaxConns())},
-		{"todo_db_connections_new_total", "counter", "Database connections begun.", float64(pool.NewConnsCount())},
-		{"todo_db_acquires_total", "counter", "Statements that got a connection.", float64(pool.AcquireCount())},
-		{"todo_db_acquire_waits_total", "counter", "Statements that waited for one, to be free or opened.", float64(pool.EmptyAcquireCount())},
-		{"todo_db_acquire_wait_seconds_total", "counter", "Time they waited.", pool.EmptyAcquireWaitTime().Seconds()},
-		{"todo_db_acquires_canceled_total", "counter", "Waits that were in vain.", float64(pool.CanceledAcquireCount())},
-		{"todo_goroutines", "gauge", "Goroutines.", float64(runtime.NumGoroutine())},
-		{"todo_heap_bytes", "gauge", "Memory that live and dead objects take.", float64(memory.HeapAlloc)},
-		{"todo_memory_bytes", "gauge", "Memory the Go runtime holds.", float64(memory.Sys - memory.HeapReleased)},
-	} {
-		fmt.Fprintf(text, "# HELP %s %s\n# TYPE %s %s\n%s %g\n", m.name, m.help, m.name, m.kind, m.name, m.value)
-	}
-	write(w, http.StatusOK, "text/plain; version=0.0.4; charset=utf-8", text.Bytes())
-}
-
-// truncate returns the first bytes of text that are whole characters, n at most.
-func truncate(text string, n int) string {
-	if len(text) <= n {
-		return text
-	}
-	return strings.ToValidUTF8(text[:n], "")
 }

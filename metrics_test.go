@@ -23,7 +23,7 @@ func TestMetrics(t *testing.T) {
 	page := func() string {
 		t.Helper()
 		rec := httptest.NewRecorder()
-		s.metrics(rec, httptest.NewRequest("GET", "/metrics", nil))
+		s.serveMetrics(rec, httptest.NewRequest("GET", "/metrics", nil))
 		if got := rec.Header().Get("Content-Type"); !strings.HasPrefix(got, "text/plain; version=0.0.4") {
 			t.Errorf("Content-Type = %q", got)
 		}
@@ -49,7 +49,15 @@ func TestMetrics(t *testing.T) {
 		`todo_http_requests_total{route="/api/{user_id}/tasks/{id}",method="GET",status="404"} 1`,
 		`todo_http_requests_total{route="/",method="GET",status="404"} 1`,
 		`todo_http_requests_total{route="/health/live",method="other",status="405"} 5`,
-		`todo_http_request_seconds_total{route="/api/{user_id}/tasks",method="POST",status="201"} 0.`,
+		`todo_http_request_duration_seconds_sum{route="/api/{user_id}/tasks",method="POST"} 0.`,
+		`todo_http_request_duration_seconds_count{route="/api/{user_id}/tasks",method="POST"} 3`,
+		`todo_http_request_duration_seconds_bucket{route="/api/{user_id}/tasks",method="POST",le="16"} 3`,
+		`todo_http_request_duration_seconds_bucket{route="/api/{user_id}/tasks",method="POST",le="+Inf"} 3`,
+		"todo_db_statements_total 4",
+		"todo_db_statement_seconds_total 0.",
+		"go_goroutines ",
+		"go_memstats_heap_alloc_bytes ",
+		"go_memstats_sys_bytes ",
 		"todo_db_connections_acquired 0",
 		"todo_db_connections_idle 1",
 		"todo_db_connections_open 1",
@@ -60,7 +68,7 @@ func TestMetrics(t *testing.T) {
 			t.Errorf("the page lacks %s", want)
 		}
 	}
-	for _, family := range []string{"todo_db_connections_new_total", "todo_db_acquires_total", "todo_db_acquire_waits_total", "todo_db_acquire_wait_seconds_total", "todo_goroutines", "todo_heap_bytes", "todo_memory_bytes"} {
+	for _, family := range []string{"todo_db_connections_new_total", "todo_db_acquires_total", "todo_db_acquire_waits_total", "todo_db_acquire_wait_seconds_total", "go_goroutines", "go_memstats_heap_alloc_bytes", "go_memstats_sys_bytes"} {
 		var value float64
 		_, line, _ := strings.Cut(text, "\n"+family+" ")
 		if _, err := fmt.Sscan(line, &value); err != nil || value <= 0 {
@@ -98,7 +106,7 @@ func TestMetricsPort(t *testing.T) {
 		status       int
 	}{{"GET", "/metrics", 200}, {"HEAD", "/metrics", 200}, {"GET", "/", 404}, {"GET", "/nothing", 404}, {"POST", "/metrics", 404}} {
 		a := c.send(row.method, row.path, "")
-		if a.status != row.status || a.status == 404 && detail(t, a) == "" || row.method == "GET" && a.status == 200 && !strings.Contains(a.body, "\ntodo_goroutines ") {
+		if a.status != row.status || a.status == 404 && detail(t, a) == "" || row.method == "GET" && a.status == 200 && !strings.Contains(a.body, "\ngo_goroutines ") {
 			t.Errorf("%s %s on the metrics port = %d %s, want %d", row.method, row.path, a.status, a.body, row.status)
 		}
 	}

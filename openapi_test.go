@@ -199,11 +199,11 @@ func TestOpenAPIHasEveryRoute(t *testing.T) {
 func TestOpenAPIExamplesAreTrue(t *testing.T) {
 	t.Parallel()
 	missing := map[string]string{}
-	for _, e := range []refusal{errBadJSON, errCutBody, errNoToken, errBadToken, errNotYours, errNoTask, errSlowBody, errChanged, errLargeBody, errNotJSON, errKeyReused, errInternal, errUnavailable} {
+	for _, e := range []apiError{errBadJSON, errCutBody, errNoToken, errBadToken, errOtherUser, errNotFound, errSlowBody, errChanged, errLargeBody, errNotJSON, errEncoded, errKeyReused, errTooMany, errInternal, errUnavailable} {
 		missing[e.detail] = fmt.Sprint(e.status)
 	}
 	_, blank := readChange(t.Context(), httptest.NewRecorder(), httptest.NewRequest("POST", "/", strings.NewReader(`{"title": " "}`)))
-	_, limit := parsePage(url.Values{"limit": {"0"}})
+	_, limit := readPage(url.Values{"limit": {"0"}})
 	missing[blank.Error()], missing[limit.Error()] = "422", "422"
 	texts := maps.Clone(missing)
 	for path, item := range openAPIDocument()["paths"].(object) {
@@ -253,15 +253,12 @@ func TestOpenAPIExamplesAreTrue(t *testing.T) {
 			if method == "parameters" || !strings.HasPrefix(path, "/api/") {
 				continue
 			}
-			want := []string{"401", "403", "500", "503"}
+			want := []string{"401", "403", "422", "429", "500", "503"}
 			if strings.Contains(path, "{id}") {
 				want = append(want, "404")
 			}
 			if method != "get" && strings.Contains(path, "{id}") {
 				want = append(want, "412")
-			}
-			if method != "delete" && (method != "get" || !strings.Contains(path, "{id}")) {
-				want = append(want, "422")
 			}
 			if method == "post" || method == "put" || method == "patch" {
 				want = append(want, "400", "408", "413", "415")
@@ -298,10 +295,18 @@ func TestOpenAPIFillsInNothing(t *testing.T) {
 	}
 }
 
+// The generated code of hey-api (zod, valibot) does not parse with \\u in a pattern.
+func TestOpenAPIPatternsHaveNoEscapedCodePoint(t *testing.T) {
+	t.Parallel()
+	if at := regexp.MustCompile(`"pattern": ".*\\\\u.*"`).Find(openAPI); at != nil {
+		t.Errorf("%s", at)
+	}
+}
+
 func TestOpenAPIChecksAnswers(t *testing.T) {
 	t.Parallel()
 	h := http.Header{"Content-Type": {"application/json"}, "Etag": {`"1"`}, "X-Request-Id": {"x"}}
-	const good = `{"id":1,"user_id":"u","title":"t","description":null,"completed":false,"created_at":"2026-01-02T03:04:05Z","updated_at":"2026-01-02T03:04:05.000001Z"}`
+	const good = `{"id":1,"user_id":"u","title":"t","description":null,"completed":false,"created_at":"2026-01-02T03:04:05.000000Z","updated_at":"2026-01-02T03:04:05.000001Z"}`
 	if err := undeclared("GET", "/api/u/tasks/1", answer{200, h, good}); err != nil {
 		t.Errorf("a good answer: %v", err)
 	}
@@ -315,9 +320,8 @@ func TestOpenAPIChecksAnswers(t *testing.T) {
 		{200, h, strings.Replace(good, `"completed":false,`, ``, 1)},
 		{200, h, strings.Replace(good, `{`, `{"version":1,`, 1)},
 		{200, h, strings.Replace(good, `"t"`, `""`, 1)},
-		{200, h, strings.Replace(good, `"t"`, `"\u2003\u0085"`, 1)},
-		{200, h, strings.Replace(good, `null`, `"a\u0000b"`, 1)},
-		{200, h, strings.Replace(good, `05Z`, `05+00:00`, 1)},
+		{200, h, strings.Replace(good, `"t"`, `"  "`, 1)},
+		{200, h, strings.Replace(good, `05.000000Z`, `05Z`, 1)},
 		{404, h, `{"detail":["x"]}`},
 	} {
 		if undeclared("GET", "/api/u/tasks/1", bad) == nil {
@@ -333,7 +337,7 @@ func TestDocuments(t *testing.T) {
 	for path, want := range map[string]struct {
 		contentType string
 		content     []byte
-	}{"/openapi.json": {"application/json", openAPI}, "/docs": {"text/html; charset=utf-8", docs}} {
+	}{"/openapi.json": {"application/json", openAPI}, "/docs": {"text/html; charset=utf-8", docsPage}} {
 		a := c.send("GET", path, "")
 		if a.status != 200 || a.body != string(want.content) || a.header.Get("Content-Type") != want.contentType {
 			t.Errorf("GET %s = %d %v", path, a.status, a.header)
@@ -343,14 +347,14 @@ func TestDocuments(t *testing.T) {
 		}
 	}
 
-	policy := string(regexp.MustCompile(`(?s)<meta http-equiv="Content-Security-Policy" content="(.*?)">`).FindSubmatch(docs)[1])
-	script := regexp.MustCompile(`(?s)<script>(.*?)</script>`).FindSubmatch(docs)
+	policy := c.send("GET", "/docs", "").header.Get("Content-Security-Policy")
+	script := regexp.MustCompile(`(?s)<script>(.*?)</script>`).FindSubmatch(docsPage)
 	hash := sha256.Sum256(script[1])
 	if want := "'sha256-" + base64.StdEncoding.EncodeToString(hash[:]) + "'"; !strings.Contains(policy, want) {
 		t.Errorf("the policy %s lacks the page's script, %s", policy, want)
 	}
-	loads := regexp.MustCompile(`(?:src|href)="(https:[^"]*/)[^"/]*"\s+integrity="sha384-[A-Za-z0-9+/]{64}" crossorigin="anonymous"`).FindAllSubmatch(docs, -1)
-	if len(loads) != 2 || len(regexp.MustCompile(`(?:src|href)="http`).FindAll(docs, -1)) != 2 {
+	loads := regexp.MustCompile(`(?:src|href)="(https:[^"]*/)[^"/]*"\s+integrity="sha384-[A-Za-z0-9+/]{64}" crossorigin="anonymous"`).FindAllSubmatch(docsPage, -1)
+	if len(loads) != 2 || len(regexp.MustCompile(`(?:src|href)="http`).FindAll(docsPage, -1)) != 2 {
 		t.Fatalf("the page loads %q, want a script and a style sheet of pinned content", loads)
 	}
 	for _, load := range loads {
@@ -358,7 +362,7 @@ func TestDocuments(t *testing.T) {
 			t.Errorf("the policy %s does not allow just %s", policy, load[1])
 		}
 	}
-	if !strings.HasPrefix(policy, "default-src 'none';") || !strings.Contains(string(docs), `href="/openapi.json"`) {
+	if !strings.HasPrefix(policy, "default-src 'none';") || !strings.Contains(policy, "frame-ancestors 'none'") || !strings.Contains(string(docsPage), `href="openapi.json"`) {
 		t.Errorf("the policy %s allows more, or the page does not say where the document is", policy)
 	}
 }

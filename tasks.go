@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
@@ -10,95 +9,131 @@ import (
 	"math"
 	"net/http"
 	"net/url"
-	"slices"
+	"regexp"
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 	"unicode/utf8"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgtype"
 )
 
 const (
-	maxTitle       = 200  // characters; schema.sql holds to the same
-	maxDescription = 1000 // characters
+	maxTitle       = 200  // characters; also a CHECK in schema.sql
+	maxDescription = 1000 // characters; also a CHECK in schema.sql
 	defaultLimit   = 50   // tasks on a page
 	maxLimit       = 100
-	maxKey         = 255 // bytes of an Idempotency-Key
+	minKey, maxKey = 16, 255 // bytes of an Idempotency-Key; a UUID has 36
+	maxTags        = 100     // entity-tags in If-Match and If-None-Match
 )
 
-// A target is what the path of a request names: the user, and one of the user's
-// tasks, or 0 for them all. Together they are the primary key.
-type target struct {
+// A taskKey is the primary key of a task: its owner and its id. The id is 0 in a request for all
+// tasks of the owner.
+type taskKey struct {
 	user string // verified
 	id   int64
 }
 
-// A task as the client sees it.
+// A task as clients see it. The fields are in the order of columns.
 type task struct {
-	ID          int64   `json:"id"`
-	UserID      string  `json:"user_id"`
-	Title       string  `json:"title"`
-	Description *string `json:"description"`
-	Completed   bool    `json:"completed"`
-	CreatedAt   instant `json:"created_at"`
-	UpdatedAt   instant `json:"updated_at"`
+	ID          int64     `json:"id"`
+	UserID      string    `json:"user_id"`
+	Title       string    `json:"title"`
+	Description *string   `json:"description"`
+	Completed   bool      `json:"completed"`
+	CreatedAt   timestamp `json:"created_at"`
+	UpdatedAt   timestamp `json:"updated_at"` // increases with every change: the task's version
 }
 
-// An instant is a time that spares encoding/json the second parse that it
-// gives to what time.Time's MarshalJSON returns, most of what encoding a task
-// takes.
-type instant time.Time
-
-func (i instant) MarshalText() ([]byte, error) {
-	text := make([]byte, 0, len(time.RFC3339Nano))
-	return time.Time(i).UTC().AppendFormat(text, time.RFC3339Nano), nil
-}
-
-// columns are those of a task, in the order of its fields.
 const columns = `id, user_id, title, description, completed, created_at, updated_at`
 
-func (t *task) fields() []any {
-	return []any{&t.ID, &t.UserID, &t.Title, &t.Description, &t.Completed, (*time.Time)(&t.CreatedAt), (*time.Time)(&t.UpdatedAt)}
-}
+// A timestamp is a time in UTC. As text it always has six fractional digits, PostgreSQL's precision,
+// so that sorting the texts sorts the times.
+type timestamp time.Time
 
-func scanTask(row pgx.CollectableRow) (t task, err error) {
-	err = row.Scan(t.fields()...)
-	return t, err
-}
+const timestampFormat = "2006-01-02T15:04:05.000000Z" // RFC 3339
 
-// etag is the task's version: no two updates of a task share a microsecond.
-func (t task) etag() string {
-	return `"` + strconv.FormatInt(time.Time(t.UpdatedAt).UnixMicro(), 10) + `"`
-}
-
-// ifMatch returns the tags under which a change may be made, nil for any.
-func ifMatch(r *http.Request) []string {
-	given := tags(r, "If-Match")
-	if slices.Equal(given, []string{"*"}) {
-		return nil
+// ScanTimestamptz reads a timestamp from a row.
+func (t *timestamp) ScanTimestamptz(v pgtype.Timestamptz) error {
+	if v.InfinityModifier != pgtype.Finite {
+		return errors.New("a timestamp is infinite")
 	}
-	return given
+	*t = timestamp(v.Time)
+	return nil
 }
 
-// ifNoneMatch reports whether the client has this version.
-func ifNoneMatch(r *http.Request, etag string) bool {
-	return slices.ContainsFunc(tags(r, "If-None-Match"), func(tag string) bool {
-		return tag == "*" || strings.TrimPrefix(tag, "W/") == etag // RFC 9110, 13.1.2: the comparison is weak
-	})
+func (t timestamp) String() string { return time.Time(t).UTC().Format(timestampFormat) }
+
+// MarshalText makes a timestamp a JSON string.
+func (t timestamp) MarshalText() ([]byte, error) {
+	return time.Time(t).UTC().AppendFormat(nil, timestampFormat), nil
 }
 
-// tags splits the entity tags of a header, nil if there is none.
-func tags(r *http.Request, header string) []string {
-	if r.Header[header] == nil {
-		return nil
+// etag returns the task's entity-tag: its version in quotes. No two versions of a task have the same
+// microsecond.
+func (t task) etag() string { return `"` + t.UpdatedAt.String() + `"` }
+
+// entityTag matches the first element of a list of entity-tags (RFC 9110, section 8.8.3). A comma
+// may stand inside the quotes.
+var entityTag = regexp.MustCompile(`^(?:W/)?"([^"\x00-\x20\x7f]*)"[ \t]*(?:,|$)`)
+
+// A tagList is the value of If-Match or If-None-Match.
+type tagList struct {
+	any      bool        // the value is *
+	versions []time.Time // of the tags that are ours; another tag matches no version
+}
+
+// tags reads a header, nil if the request does not have it. A proxy that compresses responses
+// rewrites their tags, W/"…" or "…-gzip": the version is the same.
+func tags(r *http.Request, header string) (*tagList, error) {
+	values := r.Header[header]
+	if values == nil {
+		return nil, nil
 	}
-	value := strings.ToValidUTF8(strings.Join(r.Header[header], ","), "?") // it may go to the database
-	list := strings.Split(value, ",")                                      // no tag of ours has a comma in it
-	for i := range list {
-		list[i] = strings.TrimSpace(list[i])
+	text := strings.Trim(strings.Join(values, ","), ", \t")
+	if text == "*" {
+		return &tagList{any: true}, nil
 	}
-	return list
+	list := &tagList{versions: []time.Time{}} // not nil, which SQL would read as no list
+	for n := 0; n == 0 || text != ""; n++ {
+		match := entityTag.FindStringSubmatch(text)
+		if match == nil || n == maxTags {
+			return nil, invalid("%s must be * or a list of up to %d entity-tags such as %s, in double quotes",
+				header, maxTags, task{}.etag())
+		}
+		if version, ok := parseVersion(match[1]); ok {
+			list.versions = append(list.versions, version)
+		}
+		text = strings.TrimLeft(text[len(match[0]):], ", \t")
+	}
+	return list, nil
+}
+
+// parseVersion reads the quoted part of an entity-tag, which may have a suffix such as -gzip.
+func parseVersion(text string) (time.Time, bool) {
+	if len(text) < len(timestampFormat) {
+		return time.Time{}, false
+	}
+	text, suffix := text[:len(timestampFormat)], text[len(timestampFormat):]
+	version, err := time.Parse(timestampFormat, text)
+	next, _ := utf8.DecodeRuneInString(suffix)
+	ours := err == nil && timestamp(version).String() == text && !unicode.IsLetter(next) && !unicode.IsDigit(next)
+	return version, ours
+}
+
+// contains reports whether the list names that version.
+func (l *tagList) contains(version timestamp) bool {
+	if l == nil {
+		return false
+	}
+	for _, v := range l.versions {
+		if v.Equal(time.Time(version)) {
+			return true
+		}
+	}
+	return l.any
 }
 
 func writeTask(w http.ResponseWriter, status int, t task) error {
@@ -106,17 +141,17 @@ func writeTask(w http.ResponseWriter, status int, t task) error {
 	return writeJSON(w, status, t)
 }
 
-// A change is what a request body asks for. What is nil stays as it is.
+// A change is what a request body sets. Nil leaves a field as it is.
 type change struct {
-	title       *string
-	describe    bool // description is given: nil clears it
-	description *string
-	completed   *bool
-	toggle      bool // completed is turned over
+	title          *string
+	description    *string
+	setDescription bool // to description, which may be nil: null clears it
+	completed      *bool
+	toggle         bool // completed; then that is nil
 }
 
-// readChange reads the members of a body that a client may set, and holds them
-// to their rules. All others are ignored: clients post whole tasks back.
+// readChange reads the members of a body that clients may set, and validates them. All others are
+// ignored, because clients post whole tasks back.
 func readChange(ctx context.Context, w http.ResponseWriter, r *http.Request) (c change, err error) {
 	members, err := readObject(ctx, w, r)
 	if err != nil {
@@ -134,7 +169,7 @@ func readChange(ctx context.Context, w http.ResponseWriter, r *http.Request) (c 
 		}
 	}
 	if raw, ok := members["description"]; ok {
-		c.describe = true
+		c.setDescription = true
 		if string(raw) != "null" {
 			if c.description, err = parseText("description", raw, maxDescription); err != nil {
 				return c, err
@@ -167,7 +202,7 @@ func parseCompleted(members map[string]json.RawMessage) (completed *bool, err er
 	return completed, err
 }
 
-func (s *server) createTask(ctx context.Context, w http.ResponseWriter, r *http.Request, at target) error {
+func (s *server) createTask(ctx context.Context, w http.ResponseWriter, r *http.Request, key taskKey) error {
 	c, err := readChange(ctx, w, r)
 	if err != nil {
 		return err
@@ -175,11 +210,11 @@ func (s *server) createTask(ctx context.Context, w http.ResponseWriter, r *http.
 	if c.title == nil {
 		return invalid("title is required")
 	}
-	key, err := idempotencyKey(r)
+	idempotencyKey, err := readIdempotencyKey(r)
 	if err != nil {
 		return err
 	}
-	t, replayed, err := s.db.insert(ctx, at.user, c, key)
+	t, replayed, err := s.db.insert(ctx, key.user, c, idempotencyKey)
 	if err != nil {
 		return err
 	}
@@ -190,115 +225,157 @@ func (s *server) createTask(ctx context.Context, w http.ResponseWriter, r *http.
 	return writeTask(w, http.StatusCreated, t)
 }
 
-// idempotencyKey returns the key under which a create is repeated, or nil.
-func idempotencyKey(r *http.Request) (*string, error) {
+// readIdempotencyKey returns the key of a create, nil if it has none. The minimum keeps out what
+// buggy clients send, such as undefined, which would make one task of many.
+func readIdempotencyKey(r *http.Request) (*string, error) {
 	keys := r.Header["Idempotency-Key"]
 	if keys == nil {
 		return nil, nil
 	}
 	notVisible := func(c rune) bool { return c <= ' ' || c > '~' }
-	if len(keys) > 1 || keys[0] == "" || len(keys[0]) > maxKey || strings.ContainsFunc(keys[0], notVisible) {
-		return nil, invalid("Idempotency-Key must be 1 to %d visible ASCII characters", maxKey)
+	if len(keys) > 1 || len(keys[0]) < minKey || len(keys[0]) > maxKey || strings.ContainsFunc(keys[0], notVisible) {
+		return nil, invalid("Idempotency-Key must be %d to %d visible ASCII characters, for example a UUID", minKey, maxKey)
 	}
 	return &keys[0], nil
 }
 
-// insert creates a task, once for a key. It returns the task that the key
-// already made, as it is now, with true, and errKeyReused if that came of
-// another request.
+// fingerprints identify the body of a create. The first one covers only the fields whose value is
+// not the default, so a field added in a later release does not change it. The second one is the
+// form of earlier builds.
+func (c change) fingerprints() (current, former []byte, err error) {
+	fields := map[string]any{"title": c.title} // a map's JSON has sorted keys
+	if c.description != nil {
+		fields["description"] = c.description
+	}
+	if *c.completed {
+		fields["completed"] = true
+	}
+	for _, form := range []struct {
+		value any
+		hash  *[]byte
+	}{{fields, &current}, {[]any{c.title, c.description, c.completed}, &former}} {
+		text, err := json.Marshal(form.value)
+		if err != nil {
+			return nil, nil, err
+		}
+		sum := sha256.Sum256(text)
+		*form.hash = sum[:]
+	}
+	return current, former, nil
+}
+
+// An insertedTask is the row that insert returns.
+type insertedTask struct {
+	task
+	Replayed bool // the key had made the task before
+	SameBody bool
+}
+
+// insert creates a task, once for each key. If the key has already made one, it returns that task
+// as it is now, and true, or errKeyReused if the task was created with another body.
 func (d *database) insert(ctx context.Context, user string, c change, key *string) (t task, replayed bool, err error) {
 	if c.completed == nil {
 		c.completed = new(false)
 	}
-	var hash []byte
+	var hash, formerHash []byte
 	if key != nil {
-		request, err := json.Marshal([]any{c.title, c.description, c.completed})
-		if err != nil {
+		if hash, formerHash, err = c.fingerprints(); err != nil {
 			return t, false, err
 		}
-		sum := sha256.Sum256(request)
-		hash = sum[:]
 	}
-	var same bool
-	scan := func(row pgx.CollectableRow) (t task, err error) {
-		err = row.Scan(append(t.fields(), &replayed, &same)...)
-		return t, err
-	}
-	// DO UPDATE, though it changes nothing: DO NOTHING would return no row, and the statement's snapshot lacks the
-	// row of a request that ran beside it. Only a row that was there before has an xmax.
-	t, err = queryRow(ctx, d, retryPolicy(key != nil), scan, `
+	// DO UPDATE changes nothing, but DO NOTHING would return no row, because a concurrent request's
+	// row is not in this statement's snapshot. Only a row that existed before has an xmax.
+	row, err := queryRow(ctx, d, retryPolicy(key != nil), pgx.RowToStructByPos[insertedTask], `
 		INSERT INTO public.tasks (user_id, title, description, completed, idempotency_key, request_hash)
-		VALUES (@user, @title, @description, @completed, @key, @hash)
+		VALUES (@user_id, @title, @description, @completed, @key, @hash)
 		ON CONFLICT (user_id, idempotency_key) WHERE idempotency_key IS NOT NULL
 		DO UPDATE SET idempotency_key = tasks.idempotency_key
-		RETURNING `+columns+`, xmax <> 0, request_hash IS NOT DISTINCT FROM @hash`,
-		pgx.StrictNamedArgs{"user": user, "title": c.title, "description": c.description,
-			"completed": c.completed, "key": key, "hash": hash})
-	if err == nil && !same {
+		RETURNING `+columns+`, xmax <> 0,
+		          request_hash IS NOT DISTINCT FROM @hash OR request_hash = @former_hash`,
+		pgx.StrictNamedArgs{"user_id": user, "title": c.title, "description": c.description,
+			"completed": c.completed, "key": key, "hash": hash, "former_hash": formerHash})
+	if err == nil && !row.SameBody {
 		err = errKeyReused
 	}
-	return t, replayed, err
+	return row.task, row.Replayed, err
 }
 
-// A page is what the query string of a list asks for.
+// A page is what the query string of a list requests.
 type page struct {
-	completed             *bool
-	limit, offset, before int64 // before: tasks of smaller ids, the cursor
-	total                 bool
+	completed     *bool
+	limit, offset int64
+	before        int64 // only tasks with smaller ids: the keyset cursor
+	total         bool
 }
 
-func parsePage(q url.Values) (p page, err error) {
-	var errs [5]error
-	var total *bool
-	p.completed, errs[0] = boolean(q, "completed")
-	p.limit, errs[1] = number(q, "limit", 1, maxLimit, defaultLimit)
-	p.offset, errs[2] = number(q, "offset", 0, math.MaxInt64, 0)
-	p.before, errs[3] = number(q, "before", 1, math.MaxInt64, math.MaxInt64)
-	total, errs[4] = boolean(q, "total")
+// readPage reads the query string of a list.
+func readPage(q url.Values) (page, error) {
+	params := queryParams{values: q}
+	p := page{
+		completed: params.boolean("completed"),
+		limit:     params.number("limit", 1, maxLimit, defaultLimit),
+		offset:    params.number("offset", 0, math.MaxInt64, 0),
+		before:    params.number("before", 1, math.MaxInt64, math.MaxInt64),
+	}
+	total := params.boolean("total")
 	p.total = total != nil && *total
-	err = cmp.Or(errs[:]...)
-	if err == nil && q.Has("before") && q.Has("offset") {
-		err = invalid("before and offset exclude each other: a page begins at one of them")
+	if q.Has("before") && q.Has("offset") {
+		params.fail("before and offset exclude each other: send only one of them")
 	}
-	return p, err
+	return p, params.err
 }
 
-func number(q url.Values, name string, least, most, otherwise int64) (int64, error) {
-	if !q.Has(name) {
-		return otherwise, nil
-	}
-	n, err := strconv.ParseUint(q.Get(name), 10, 63) // which takes no sign
-	if err != nil || int64(n) < least || int64(n) > most || len(q[name]) > 1 {
-		return 0, invalid("%s must be one whole number from %d to %d", name, least, most)
-	}
-	return int64(n), nil
+// queryParams reads the values of a query string. err is the first error.
+type queryParams struct {
+	values url.Values
+	err    error
 }
 
-func boolean(q url.Values, name string) (*bool, error) {
-	switch {
-	case !q.Has(name):
-		return nil, nil
-	case len(q[name]) > 1 || q.Get(name) != "true" && q.Get(name) != "false":
-		return nil, invalid("%s must be true or false", name)
+func (p *queryParams) fail(format string, args ...any) {
+	if p.err == nil {
+		p.err = invalid(format, args...)
 	}
-	return new(q.Get(name) == "true"), nil
 }
 
-func (s *server) listTasks(ctx context.Context, w http.ResponseWriter, r *http.Request, at target) error {
+// number returns a parameter from lowest to highest, or fallback if it is absent.
+func (p *queryParams) number(name string, lowest, highest, fallback int64) int64 {
+	if !p.values.Has(name) {
+		return fallback
+	}
+	n, err := strconv.ParseUint(p.values.Get(name), 10, 63) // accepts no sign
+	if err != nil || int64(n) < lowest || int64(n) > highest || len(p.values[name]) > 1 {
+		p.fail("%s must be one whole number from %d to %d", name, lowest, highest)
+	}
+	return int64(n)
+}
+
+// boolean returns a parameter that is true or false, nil if it is absent.
+func (p *queryParams) boolean(name string) *bool {
+	if !p.values.Has(name) {
+		return nil
+	}
+	value := p.values.Get(name)
+	if len(p.values[name]) > 1 || value != "true" && value != "false" {
+		p.fail("%s must be true or false", name)
+	}
+	return new(value == "true")
+}
+
+func (s *server) listTasks(ctx context.Context, w http.ResponseWriter, r *http.Request, key taskKey) error {
 	q, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
-		return invalid("the query string is malformed: percent-encode what is not a letter or a digit")
+		return invalid("the query string is malformed: percent-encode every character but letters and digits")
 	}
-	p, err := parsePage(q)
+	p, err := readPage(q)
 	if err != nil {
 		return err
 	}
-	tasks, err := s.db.list(ctx, at.user, p)
+	tasks, err := s.db.list(ctx, key.user, p)
 	if err != nil {
 		return err
 	}
 	if p.total {
-		total, err := s.db.count(ctx, at.user, p.completed)
+		total, err := s.db.count(ctx, key.user, p)
 		if err != nil {
 			return err
 		}
@@ -313,74 +390,75 @@ func (s *server) listTasks(ctx context.Context, w http.ResponseWriter, r *http.R
 	return writeJSON(w, http.StatusOK, tasks)
 }
 
-// list returns the tasks of a page and, if there are more, the first of the
-// next one. It reads one index, backwards, from the cursor on. The keys are
-// compared as rows so that only this index has the order: with user_id = $1
-// the planner would at times filter a user's whole history, or sort it.
-func (d *database) list(ctx context.Context, user string, p page) ([]task, error) {
-	if p.completed == nil {
-		return query(ctx, d, retry, scanTask, `
-			SELECT `+columns+`
-			FROM public.tasks
-			WHERE (user_id, id) BETWEEN ($1, 1) AND ($1, $2)
-			ORDER BY user_id DESC, id DESC
-			LIMIT $3 OFFSET $4`,
-			user, p.before-1, p.limit+1, p.offset)
+// filter returns the columns that the tasks of a list have in common, which begin an index of the
+// table, and their values.
+func (p page) filter(user string) (columns []string, args pgx.StrictNamedArgs) {
+	columns, args = []string{"user_id"}, pgx.StrictNamedArgs{"user_id": user}
+	if p.completed != nil {
+		columns, args["completed"] = append(columns, "completed"), *p.completed
 	}
-	return query(ctx, d, retry, scanTask, `
-		SELECT `+columns+`
-		FROM public.tasks
-		WHERE (user_id, completed, id) BETWEEN ($1, $5, 1) AND ($1, $5, $2)
-		ORDER BY user_id DESC, completed DESC, id DESC
-		LIMIT $3 OFFSET $4`,
-		user, p.before-1, p.limit+1, p.offset, *p.completed)
+	return columns, args
 }
 
-// count returns the number of the user's tasks, or of those that are completed
-// or not.
-func (d *database) count(ctx context.Context, user string, completed *bool) (int64, error) {
-	return queryRow(ctx, d, retry, pgx.RowTo[int64], `
+// list returns a page of tasks and, if there are more, the first task of the next page. Comparing
+// the columns of the index as a row leaves the planner one choice: scan that index backward from
+// the cursor. With user_id = $1 AND id < $2 it sometimes filters, or sorts, all tasks of a user.
+func (d *database) list(ctx context.Context, user string, p page) ([]task, error) {
+	common, args := p.filter(user)
+	args["last"], args["limit"], args["offset"] = p.before-1, p.limit+1, p.offset
+	return query(ctx, d, retry, pgx.RowToStructByPos[task], fmt.Sprintf(`
+		SELECT `+columns+`
+		FROM public.tasks
+		WHERE (%[1]s, id) BETWEEN (%[2]s, 1) AND (%[2]s, @last)
+		ORDER BY %[3]s DESC, id DESC
+		LIMIT @limit OFFSET @offset`,
+		strings.Join(common, ", "), "@"+strings.Join(common, ", @"), strings.Join(common, " DESC, ")), args)
+}
+
+// count returns the number of the tasks on all pages.
+func (d *database) count(ctx context.Context, user string, p page) (int64, error) {
+	common, args := p.filter(user)
+	return queryRow(ctx, d, retry, pgx.RowTo[int64], fmt.Sprintf(`
 		SELECT count(*)
 		FROM public.tasks
-		WHERE user_id = $1 AND ($2::boolean IS NULL OR completed = $2)`, user, completed)
+		WHERE (%s) = (%s)`,
+		strings.Join(common, ", "), "@"+strings.Join(common, ", @")), args)
 }
 
-func (s *server) getTask(ctx context.Context, w http.ResponseWriter, r *http.Request, at target) error {
-	t, err := s.db.get(ctx, at)
+func (s *server) getTask(ctx context.Context, w http.ResponseWriter, r *http.Request, key taskKey) error {
+	known, err := tags(r, "If-None-Match")
 	if err != nil {
 		return err
 	}
-	etag := t.etag()
-	w.Header().Set("ETag", etag)
-	if ifNoneMatch(r, etag) {
+	t, err := s.db.get(ctx, key)
+	if err != nil {
+		return err
+	}
+	if known.contains(t.UpdatedAt) {
+		w.Header().Set("ETag", t.etag())
 		w.WriteHeader(http.StatusNotModified)
 		return nil
-	}
-	return writeJSON(w, http.StatusOK, t)
-}
-
-func (d *database) get(ctx context.Context, at target) (task, error) {
-	return queryRow(ctx, d, retry, scanTask, `
-		SELECT `+columns+`
-		FROM public.tasks
-		WHERE user_id = $1 AND id = $2`, at.user, at.id)
-}
-
-func (s *server) updateTask(ctx context.Context, w http.ResponseWriter, r *http.Request, at target) error {
-	c, err := readChange(ctx, w, r)
-	if err != nil {
-		return err
-	}
-	t, err := s.db.update(ctx, at, ifMatch(r), c)
-	if err != nil {
-		return err
 	}
 	return writeTask(w, http.StatusOK, t)
 }
 
-// completeTask sets completed as the body says, or turns it over where the
-// body is empty or does not say.
-func (s *server) completeTask(ctx context.Context, w http.ResponseWriter, r *http.Request, at target) error {
+func (d *database) get(ctx context.Context, key taskKey) (task, error) {
+	return queryRow(ctx, d, retry, pgx.RowToStructByPos[task], `
+		SELECT `+columns+`
+		FROM public.tasks
+		WHERE user_id = $1 AND id = $2`, key.user, key.id)
+}
+
+func (s *server) updateTask(ctx context.Context, w http.ResponseWriter, r *http.Request, key taskKey) error {
+	c, err := readChange(ctx, w, r)
+	if err != nil {
+		return err
+	}
+	return s.applyChange(ctx, w, r, key, c)
+}
+
+// completeTask sets completed to the body's value, or toggles it if the body is empty or has none.
+func (s *server) completeTask(ctx context.Context, w http.ResponseWriter, r *http.Request, key taskKey) error {
 	members, err := readObject(ctx, w, r)
 	if err != nil {
 		return err
@@ -389,50 +467,63 @@ func (s *server) completeTask(ctx context.Context, w http.ResponseWriter, r *htt
 	if err != nil {
 		return err
 	}
-	t, err := s.db.update(ctx, at, ifMatch(r), change{completed: completed, toggle: completed == nil})
+	return s.applyChange(ctx, w, r, key, change{completed: completed, toggle: completed == nil})
+}
+
+// applyChange changes a task under the condition of If-Match.
+func (s *server) applyChange(ctx context.Context, w http.ResponseWriter, r *http.Request, key taskKey, c change) error {
+	match, err := tags(r, "If-Match")
+	if err != nil {
+		return err
+	}
+	t, err := s.db.update(ctx, key, match, c)
 	if err != nil {
 		return err
 	}
 	return writeTask(w, http.StatusOK, t)
 }
 
-// update makes the change in the statement itself, so that none of several at
-// once is lost, and moves updated_at on even where the clock has not moved or
-// goes back.
-func (d *database) update(ctx context.Context, at target, match []string, c change) (task, error) {
-	return d.apply(ctx, at, match, `
+// update computes the new values in the statement itself, so that concurrent changes are not lost;
+// <> toggles, as XOR on booleans.
+// updated_at increases even if the clock has not advanced or has been set back.
+func (d *database) update(ctx context.Context, key taskKey, match *tagList, c change) (task, error) {
+	return d.modify(ctx, key, match, `
 		UPDATE public.tasks
 		SET title = COALESCE(@title, title),
-		    description = CASE WHEN @describe::boolean THEN @description ELSE description END,
+		    description = CASE WHEN @set_description::boolean THEN @description ELSE description END,
 		    completed = COALESCE(@completed, completed <> @toggle),
 		    updated_at = GREATEST(clock_timestamp(), updated_at + interval '1 microsecond')`,
-		pgx.StrictNamedArgs{"title": c.title, "describe": c.describe, "description": c.description,
-			"completed": c.completed, "toggle": c.toggle})
+		pgx.StrictNamedArgs{"title": c.title, "set_description": c.setDescription,
+			"description": c.description, "completed": c.completed, "toggle": c.toggle})
 }
 
-func (s *server) deleteTask(ctx context.Context, w http.ResponseWriter, r *http.Request, at target) error {
-	if err := s.db.delete(ctx, at, ifMatch(r)); err != nil {
+func (s *server) deleteTask(ctx context.Context, w http.ResponseWriter, r *http.Request, key taskKey) error {
+	match, err := tags(r, "If-Match")
+	if err != nil {
+		return err
+	}
+	if _, err := s.db.modify(ctx, key, match, `DELETE FROM public.tasks`, pgx.StrictNamedArgs{}); err != nil {
 		return err
 	}
 	w.WriteHeader(http.StatusNoContent)
 	return nil
 }
 
-func (d *database) delete(ctx context.Context, at target, match []string) error {
-	_, err := d.apply(ctx, at, match, `DELETE FROM public.tasks`, pgx.StrictNamedArgs{})
-	return err
-}
-
-// apply runs an UPDATE or DELETE of a task if its tag is one of match, nil for
-// any, and returns the task; errChanged if it has another.
-func (d *database) apply(ctx context.Context, at target, match []string, statement string, args pgx.StrictNamedArgs) (task, error) {
-	args["user"], args["id"], args["match"] = at.user, at.id, match
-	t, err := queryRow(ctx, d, noRetry, scanTask, statement+`
-		WHERE user_id = @user AND id = @id
-		  AND (@match::text[] IS NULL OR '"' || (extract(epoch FROM updated_at) * 1000000)::bigint || '"' = ANY (@match))
+// modify runs an UPDATE or DELETE, which it completes with a condition, and returns the task. If
+// match does not contain the task's version, it returns errChanged.
+func (d *database) modify(ctx context.Context, key taskKey, match *tagList, statement string, args pgx.StrictNamedArgs) (task, error) {
+	statement += `
+		WHERE user_id = @user_id AND id = @id`
+	args["user_id"], args["id"] = key.user, key.id
+	conditional := match != nil && !match.any
+	if conditional {
+		statement += ` AND updated_at = ANY (@match::timestamptz[])`
+		args["match"] = match.versions
+	}
+	t, err := queryRow(ctx, d, noRetry, pgx.RowToStructByPos[task], statement+`
 		RETURNING `+columns, args)
-	if errors.Is(err, errNoTask) && match != nil {
-		if _, err = d.get(ctx, at); err == nil {
+	if errors.Is(err, errNotFound) && conditional {
+		if _, err = d.get(ctx, key); err == nil {
 			err = errChanged
 		}
 	}

@@ -105,16 +105,22 @@ func newClient(t testing.TB) *client {
 // its tasks in the tests' database too.
 func newClientOf(t testing.TB, service, user string) *client {
 	t.Helper()
-	token, err := sharedAuth.sign(user)
-	if err != nil {
-		t.Fatal(err)
-	}
 	t.Cleanup(func() {
 		if _, err := sharedDB.pool.Exec(context.Background(), `DELETE FROM tasks WHERE user_id = $1`, user); err != nil {
 			t.Errorf("remove the tasks of %s: %v", user, err)
 		}
 	})
-	return &client{t: t, http: http.DefaultClient, service: service, user: user, authorization: "Bearer " + token}
+	return &client{t: t, http: http.DefaultClient, service: service, user: user, authorization: authorization(t, user)}
+}
+
+// authorization returns the header of a request of that user.
+func authorization(t testing.TB, user string) string {
+	t.Helper()
+	token, err := sharedAuth.sign(user)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return "Bearer " + token
 }
 
 // keepingConnections returns an HTTP client for many requests at a time, whose
@@ -328,7 +334,7 @@ func TestRefusedBodiesChangeNothing(t *testing.T) {
 	for _, body := range []string{
 		`null`, `[]`, `[{"title": "x"}]`, `"x"`, `7`, `true`, // no object
 		`{`, `{"title": "x"`, `{"title": "x`, `{"title"`, `{"title": "x",}`, `{title: "x"}`, `{'title': 'x'}`, `{"title": "x", "n": NaN}`, `{"title": "\x"}`,
-		fine + `{}`, fine + `x`, fine + `}`, fine + `//`, fine + "\x00", "\ufeff" + fine,
+		fine + `{}`, fine + `x`, fine + `}`, fine + `//`, fine + "\x00", "\ufeff\ufeff" + fine, "\ufeff",
 		"{\"title\": \"\xff\"}", "{\"title\": \"x\", \"\xc3\": 1}", "{\"title\": \"x\", \"unknown\": [\"\xed\xa0\x80\"]}", "{\"title\": \"\xc0\xaf\"}", // no UTF-8
 		"{\"title\": \"a\nb\"}", "{\"title\": \"a\x00b\"}", // control characters that are not escaped
 		`{"title": "\ud800"}`, `{"title": "\udc00"}`, `{"title": "\uDE00\uD83D"}`, `{"title": "\ud800\ud800\udc00"}`, `{"title": "\ud800\\udc00"}`, // no characters
