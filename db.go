@@ -644,7 +644,7 @@ func parseSteps(text string) ([]step, error) {
 		steps = append(steps, step{title: text[at[4]:at[5]], sql: text[at[1]:end]})
 	}
 	if steps == nil {
-		return nil, errors.New("schema.sql has no line that begins -- step 1:")
+		return nil, errors.New("schema.sql has no steps")
 	}
 	return steps, nil
 }
