@@ -313,11 +313,12 @@ func prepare(t testing.TB, d *database) {
 	}
 }
 
-// ownDatabase makes an empty database and returns its connection string.
-func ownDatabase(t testing.TB) string {
+// ownDatabase makes an empty database, with options of CREATE DATABASE, and returns its connection
+// string.
+func ownDatabase(t testing.TB, options ...string) string {
 	t.Helper()
 	name := "test_" + strings.ToLower(rand.Text())
-	sqlExec(t, sharedDB.pool, `CREATE DATABASE `+name)
+	sqlExec(t, sharedDB.pool, `CREATE DATABASE `+name+` `+strings.Join(options, ` `))
 	t.Cleanup(func() { sqlExec(t, sharedDB.pool, `DROP DATABASE `+name+` WITH (FORCE)`) })
 	u, err := url.Parse(sharedDatabaseURL())
 	if err != nil {
