@@ -340,6 +340,14 @@ func (d *database) outage() bool {
 	return d.failures > 0 && time.Since(d.firstFailure) >= outageAfter && time.Since(d.lastFailure) <= outageForget
 }
 
+// limitInOutage returns a context that in a long outage ends outageWait after the request's start.
+func (d *database) limitInOutage(ctx context.Context) (context.Context, context.CancelFunc) {
+	if !d.outage() {
+		return ctx, func() {}
+	}
+	return context.WithDeadlineCause(ctx, requestStart(ctx).Add(outageWait), errors.New("long outage"))
+}
+
 // shouldPing pings a connection that was idle, before pgxpool does. Where that fails, the other
 // idle connections are broken too, and the pool closes them all: otherwise a request could spend
 // pingTimeout on each. On true pgxpool pings once more, fails and takes another connection.
@@ -382,10 +390,12 @@ const (
 // closed the connection. Two obvious signals are unusable: pgconn.SafeToRetry is true for some
 // statements that ran (pgx 5.9 to 5.12), and Neon's proxy reports its own failures as XX000.
 func query[T any](ctx context.Context, d *database, policy retryPolicy, scan pgx.RowToFunc[T], sql string, args ...any) ([]T, error) {
+	readyCtx, cancel := d.limitInOutage(ctx)
+	defer cancel()
 	select {
 	case <-d.ready:
-	case <-ctx.Done():
-		return nil, fmt.Errorf("%w: wait for the schema: %w", errUnavailable, ctx.Err())
+	case <-readyCtx.Done():
+		return nil, fmt.Errorf("%w: wait for the schema: %w", errUnavailable, context.Cause(readyCtx))
 	}
 	resent := false
 	for attempt := 1; ; attempt++ {
@@ -456,6 +466,8 @@ var errConnection = errors.New("no connection")
 // followed by another until ctx is done, because nothing has been sent yet and the compute may be
 // resuming. The wait is shorter if all connections are busy, and in a long outage.
 func (d *database) acquire(ctx context.Context) (*pgxpool.Conn, error) {
+	ctx, stop := d.limitInOutage(ctx)
+	defer stop()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	defer time.AfterFunc(acquireTimeout, func() {
@@ -463,11 +475,6 @@ func (d *database) acquire(ctx context.Context) (*pgxpool.Conn, error) {
 			cancel(fmt.Errorf("all connections were busy for %v", acquireTimeout))
 		}
 	}).Stop()
-	if d.outage() {
-		defer time.AfterFunc(time.Until(requestStart(ctx).Add(outageWait)), func() {
-			cancel(errors.New("long outage"))
-		}).Stop()
-	}
 	var failure string
 	for {
 		conn, err := d.pool.Acquire(ctx)
