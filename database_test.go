@@ -338,7 +338,7 @@ func TestLongOutage(t *testing.T) {
 						if err != nil || a.status != 503 || a.header.Get("Retry-After") == "" {
 							t.Errorf("list = %d %s %v, want 503", a.status, a.body, err)
 						}
-						if outage && took > outageWait+time.Second {
+						if outage && took > outageWait+2*time.Second {
 							t.Errorf("list in the outage took %v, want %v at most", took, outageWait)
 						}
 					}
@@ -351,7 +351,7 @@ func TestLongOutage(t *testing.T) {
 			})
 			eventually(t, "long outage", d.outage)
 			start, dials := time.Now(), r.dials.Load()
-			eventually(t, "seven seconds of the outage", func() bool { return time.Since(start) > 7*time.Second })
+			eventually(t, "five seconds of the outage", func() bool { return time.Since(start) > 5*time.Second })
 			most := int64(len(addresses)) * (2 + int64(time.Since(start)/time.Second))
 			if n := r.dials.Load() - dials; n < 3 || n > most {
 				t.Errorf("%d attempts in %v of the outage, want some, and %d at most", n, time.Since(start), most)
@@ -459,7 +459,7 @@ func TestMalformedStringsShowNothing(t *testing.T) {
 	pieces := []string{marker, "postgres://", "postgresql://", ":", "@", "/", "?", "&", "=", "%", "%20", "%zz", "#", " ", "\n", "\t",
 		"[", "]", ",", ";", "+", "\\", "'", `"`, "`", "\x00", "é", "\xff", "sslmode", "host", "password", "options", "port",
 		"pool_max_conns", "schema", "connect_timeout", "5432", "localhost", "require"}
-	for range 100_000 {
+	for range 10_000 {
 		text := "postgres://" + marker + ":" + marker + "@" + marker + "/" + marker + "?" + marker + "=" + marker
 		for range 1 + random.IntN(4) {
 			at := random.IntN(len(text) + 1)

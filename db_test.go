@@ -782,7 +782,11 @@ func TestInstancesStartTogether(t *testing.T) {
 				<-start
 				// migrate, so that no second try hides a race; the first finds out a pooler.
 				d.pooler.Store(sharedDB.pooler.Load())
-				if err := d.migrate(t.Context(), time.Now().Add(startupTimeout)); err != nil {
+				err := errLocked
+				for errors.Is(err, errLocked) { // by another instance, whose database is far away
+					err = d.migrate(t.Context(), time.Now().Add(startupTimeout))
+				}
+				if err != nil {
 					t.Errorf("one of eight instances: %v", err)
 				}
 			})
