@@ -352,6 +352,14 @@ func (d *database) answers() bool {
 	return !failing && pool.AcquiredConns()+pool.IdleConns() > 0
 }
 
+// limitInOutage returns a context that in a long outage ends outageWait after the request's start.
+func (d *database) limitInOutage(ctx context.Context) (context.Context, context.CancelFunc) {
+	if !d.outage() {
+		return ctx, func() {}
+	}
+	return context.WithDeadlineCause(ctx, requestStart(ctx).Add(outageWait), errors.New("long outage"))
+}
+
 // shouldPing pings a connection that was idle, before pgxpool does. Where that fails, the other
 // idle connections are broken too, and the pool closes them all: otherwise a request could spend
 // pingTimeout on each. On true pgxpool pings once more, fails and takes another connection.
@@ -396,11 +404,13 @@ const (
 func query[T any](ctx context.Context, d *database, policy retryPolicy, scan pgx.RowToFunc[T], sql string, args ...any) ([]T, error) {
 	trace, start := traceOf(ctx), time.Now()
 	defer addSince(&trace.total, start)
+	readyCtx, cancel := d.limitInOutage(ctx)
+	defer cancel()
 	select {
 	case <-d.ready:
-	case <-ctx.Done():
+	case <-readyCtx.Done():
 		addSince(&trace.waiting, start)
-		return nil, fmt.Errorf("%w: wait for the schema: %w", errUnavailable, ctx.Err())
+		return nil, fmt.Errorf("%w: wait for the schema: %w", errUnavailable, context.Cause(readyCtx))
 	}
 	resent := false
 	for attempt := 1; ; attempt++ {
@@ -472,6 +482,8 @@ var errConnection = errors.New("no connection")
 // resuming. The wait is shorter if all connections are busy, and in a long outage.
 func (d *database) acquire(ctx context.Context) (*pgxpool.Conn, error) {
 	defer addSince(&traceOf(ctx).waiting, time.Now())
+	ctx, stop := d.limitInOutage(ctx)
+	defer stop()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	defer time.AfterFunc(acquireTimeout, func() {
@@ -479,11 +491,6 @@ func (d *database) acquire(ctx context.Context) (*pgxpool.Conn, error) {
 			cancel(fmt.Errorf("all connections were busy for %v", acquireTimeout))
 		}
 	}).Stop()
-	if d.outage() {
-		defer time.AfterFunc(time.Until(requestStart(ctx).Add(outageWait)), func() {
-			cancel(errors.New("long outage"))
-		}).Stop()
-	}
 	var failure string
 	for {
 		conn, err := d.pool.Acquire(ctx)

@@ -263,6 +263,7 @@ type ledger struct {
 	t     *testing.T
 	users [8]*client
 	via   string       // the service's application_name
+	db    *database    // has its tasks
 	reads bool         // must always succeed
 	made  atomic.Int64 // changes that were acknowledged
 
@@ -274,7 +275,7 @@ type ledger struct {
 }
 
 func newLedger(t *testing.T, service, via string) *ledger {
-	l := &ledger{t: t, via: via, states: map[string][]string{}}
+	l := &ledger{t: t, via: via, db: sharedDB, states: map[string][]string{}}
 	for i := range l.users {
 		l.users[i] = newClientOf(t, service, "test-"+rand.Text())
 		l.users[i].http = keepingConnections(t)
@@ -382,16 +383,16 @@ func (l *ledger) set(title string, states ...string) {
 // made that nobody acknowledged.
 func (l *ledger) check() (unacknowledged int) {
 	l.t.Helper()
-	now := sqlValue[time.Time](l.t, sharedDB.pool, `SELECT clock_timestamp()`)
+	now := sqlValue[time.Time](l.t, l.db.pool, `SELECT clock_timestamp()`)
 	eventually(l.t, "end of the changes under way", func() bool {
-		return sqlValue[int](l.t, sharedDB.pool, `SELECT count(*) FROM pg_stat_activity
+		return sqlValue[int](l.t, l.db.pool, `SELECT count(*) FROM pg_stat_activity
 			WHERE datname = current_database() AND state = 'active' AND query ~ 'tasks'
 			AND query_start < $1 AND application_name = $2 AND pid <> pg_backend_pid()`, now, l.via) == 0
 	})
 	type row struct{ User, Title, State string }
-	rows, _ := sharedDB.pool.Query(l.t.Context(), `
+	rows, _ := l.db.pool.Query(l.t.Context(), `
 		SELECT user_id, title, CASE WHEN completed THEN 'done' WHEN updated_at = created_at THEN 'new' ELSE 'open' END
-		FROM tasks WHERE user_id = ANY ($1)`, l.names())
+		FROM public.tasks WHERE user_id = ANY ($1)`, l.names())
 	stored, err := pgx.CollectRows(rows, pgx.RowToStructByPos[row])
 	if err != nil {
 		l.t.Fatal(err)

@@ -433,6 +433,8 @@ func (t *turns) take(ctx context.Context, db *database, user string) (done func(
 			delete(t.users, user)
 		}
 	}
+	ctx, cancel := db.limitInOutage(ctx)
+	defer cancel()
 	const tick = 50 * time.Millisecond
 	for waited := time.Duration(0); ; {
 		select {
@@ -441,9 +443,9 @@ func (t *turns) take(ctx context.Context, db *database, user string) (done func(
 		default:
 		}
 		switch {
-		case ctx.Err() != nil, db.outage() && time.Since(requestStart(ctx)) > outageWait:
+		case ctx.Err() != nil:
 			leave()
-			return nil, fmt.Errorf("%w: wait for a turn", errUnavailable)
+			return nil, fmt.Errorf("%w: wait for a turn: %w", errUnavailable, context.Cause(ctx))
 		case waited >= turnTimeout:
 			leave()
 			return nil, errTooMany

@@ -45,8 +45,14 @@ func startProcess(t testing.TB, settings ...string) *process {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return startProgram(t, program, nil, settings...)
+}
+
+// startProgram is startProcess for another binary, or with arguments.
+func startProgram(t testing.TB, program string, args []string, settings ...string) *process {
+	t.Helper()
 	port := freePort(t)
-	p := &process{t: t, cmd: exec.Command(program), url: "http://127.0.0.1:" + port, exited: make(chan struct{})}
+	p := &process{t: t, cmd: exec.Command(program, args...), url: "http://127.0.0.1:" + port, exited: make(chan struct{})}
 	p.cmd.Env = append([]string{"TODO_APP_TEST_RUNS=main", "GORACE=atexit_sleep_ms=0", // with -race, an exit would take a second longer
 		"PORT=" + port, "DATABASE_URL=" + os.Getenv("DATABASE_URL"), "BETTER_AUTH_SECRET=" + testSecret}, settings...)
 	p.cmd.Stdout, p.cmd.Stderr = &p.output, &p.output

@@ -55,6 +55,7 @@ func TestMain(m *testing.M) {
 }
 
 func testMain(m *testing.M) int {
+	defer os.RemoveAll(releaseDir)
 	var err error
 	if sharedDB, err = openDatabase(os.Getenv("DATABASE_URL"), slog.New(slog.DiscardHandler)); err == nil {
 		err = sharedDB.start(context.Background())
