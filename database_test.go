@@ -34,8 +34,8 @@ func everyRoute(t *testing.T, service string) {
 		status             int
 		headers            []string
 	}{
-		{"POST", "", `{"title": "x"}`, 201, []string{"Idempotency-Key", "k"}},
-		{"POST", "", `{"title": "x"}`, 201, []string{"Idempotency-Key", "k"}},
+		{"POST", "", `{"title": "x"}`, 201, []string{"Idempotency-Key", "one-key-for-both"}},
+		{"POST", "", `{"title": "x"}`, 201, []string{"Idempotency-Key", "one-key-for-both"}},
 		{"GET", "", "", 200, nil},
 		{"GET", "?completed=false&total=true", "", 200, nil},
 		{"GET", path, "", 200, nil},
