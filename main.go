@@ -49,11 +49,12 @@ const (
 	// requestTimeout. writeTimeout leaves a second to send it.
 	headerTimeout  = 4 * time.Second
 	requestTimeout = 15 * time.Second
-	readTimeout    = 10 * time.Second // header and body
-	writeTimeout   = 16 * time.Second // from the end of the header to the last byte of the response
-	idleTimeout    = 2 * time.Minute  // between two requests of a connection
-	readyTimeout   = 3 * time.Second  // of /health/ready
-	turnTimeout    = 5 * time.Second  // for a turn, while the database answers: then a 429
+	readTimeout    = 10 * time.Second       // header and body
+	writeTimeout   = 16 * time.Second       // from the end of the header to the last byte of the response
+	idleTimeout    = 2 * time.Minute        // between two requests of a connection
+	readyTimeout   = 3 * time.Second        // of /health/ready
+	discardTimeout = 100 * time.Millisecond // for a body that nobody reads
+	turnTimeout    = 5 * time.Second        // for a turn, while the database answers: then a 429
 
 	maxHeader = 16<<10 - 4<<10 // bytes; net/http adds 4 KiB
 	maxBody   = 64 << 10       // bytes; four times the largest valid task
@@ -328,8 +329,10 @@ func (s *server) handle(e endpoint) http.HandlerFunc {
 		w := &response{ResponseWriter: rw}
 		err := recovered(e)(ctx, w, r)
 		if r.Body != http.NoBody {
-			// The rest of the body was not read. net/http would wait for it, up to readTimeout.
-			http.NewResponseController(rw).SetReadDeadline(time.Now())
+			// Nobody will read the rest of the body, but net/http would wait for it up to readTimeout.
+			// What is already on its way may arrive: closing earlier could reset the connection before
+			// the client has read the response.
+			http.NewResponseController(rw).SetReadDeadline(time.Now().Add(discardTimeout))
 		}
 		if err != nil && w.status == 0 {
 			writeError(w, err)
