@@ -834,11 +834,11 @@ func inspect(ctx context.Context, on interface {
 		             FROM pg_catalog.pg_attribute a
 		             WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped),
 		       ARRAY(SELECT CASE WHEN i.indisunique THEN 'unique ' ELSE '' END
-		                 || '(' || string_agg(a.attname, ', ' ORDER BY k.position) || ')'
+		                 || '(' || string_agg(COALESCE(a.attname, 'expression'), ', ' ORDER BY k.position) || ')'
 		                 || CASE WHEN i.indpred IS NULL THEN '' ELSE ' WHERE' END
 		             FROM pg_catalog.pg_index i
 		             CROSS JOIN unnest(i.indkey::int2[]) WITH ORDINALITY AS k (attnum, position)
-		             JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
+		             LEFT JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
 		             WHERE i.indrelid = c.oid AND i.indisvalid AND k.position <= i.indnkeyatts
 		             GROUP BY i.indexrelid, i.indisunique, i.indpred IS NULL),
 		       current_setting('transaction_read_only')::boolean

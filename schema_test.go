@@ -559,6 +559,11 @@ func TestStartRepairsOrRefuses(t *testing.T) {
 		refusal string // "" where the start repairs it
 	}{
 		{"restore without indexes", []string{`DROP INDEX tasks_user_id_completed_id_idx, tasks_user_id_idempotency_key_idx`}, ""},
+		{"restore of a newer schema", []string{`DROP INDEX tasks_user_id_completed_id_idx`,
+			`COMMENT ON TABLE public.tasks IS 'todo-app schema step 7'`}, ""},
+		{"index with an expression", []string{`DROP INDEX tasks_user_id_idempotency_key_idx`,
+			`CREATE UNIQUE INDEX tasks_user_id_idempotency_key_idx ON public.tasks (user_id, idempotency_key, (title || ''))
+				WHERE idempotency_key IS NOT NULL`}, "idempotency_key"},
 		{"primary key", []string{`ALTER TABLE public.tasks DROP CONSTRAINT tasks_pkey`}, "unique (user_id, id)"},
 		{"column", []string{`ALTER TABLE public.tasks DROP COLUMN request_hash`}, "no column request_hash"},
 		{"index of another predicate", []string{`DROP INDEX tasks_user_id_idempotency_key_idx`,
@@ -580,7 +585,14 @@ func TestStartRepairsOrRefuses(t *testing.T) {
 				}
 				sqlExec(t, d.pool, sql)
 			}
+			comment := func() string {
+				return sqlValue[string](t, d.pool, `SELECT obj_description('public.tasks'::regclass)`)
+			}
+			before := comment()
 			err := open(t, u, func(*pgxpool.Config) {}).start(t.Context())
+			if after := comment(); after != before {
+				t.Errorf("a start changed the comment from %q to %q", before, after)
+			}
 			if row.refusal == "" {
 				if err != nil {
 					t.Errorf("start = %v, want a repair", err)
