@@ -160,7 +160,7 @@ func secure(conn *pgx.ConnConfig) error {
 // configure sets what the connection string does not decide.
 func configure(config *pgxpool.Config, maxConns int32) {
 	conn := config.ConnConfig
-	conn.DefaultQueryExecMode = pgx.QueryExecModeExec
+	conn.DefaultQueryExecMode = pgx.QueryExecModeExec // tryQuery prepares the statements of requests
 	if conn.ConnectTimeout == 0 || conn.ConnectTimeout > connectTimeout {
 		conn.ConnectTimeout = connectTimeout
 	}
@@ -210,6 +210,8 @@ type database struct {
 	ready  chan struct{}  // closed once the schema is in place
 	failed chan error     // receives why the service cannot go on: the schema disappeared
 	pooler atomic.Bool    // the host is a pooler, which rejects the options parameter
+
+	unprepared atomic.Bool // statements are not prepared anymore: see stopPreparing
 
 	statements    atomic.Int64 // that have ended
 	statementTime atomic.Int64 // nanoseconds that they took
@@ -414,7 +416,11 @@ func query[T any](ctx context.Context, d *database, policy retryPolicy, scan pgx
 	}
 	resent := false
 	for attempt := 1; ; attempt++ {
-		rows, broken, err := tryQuery(ctx, d, scan, sql, args...)
+		mode := pgx.QueryExecModeCacheStatement
+		if d.unprepared.Load() {
+			mode = pgx.QueryExecModeExec
+		}
+		rows, broken, err := tryQuery(ctx, d, mode, scan, sql, args...)
 		if err == nil {
 			return rows, nil
 		}
@@ -425,6 +431,9 @@ func query[T any](ctx context.Context, d *database, policy retryPolicy, scan pgx
 			d.pool.Reset() // a restart closes the other connections too, one by one
 			again = bool(policy) && !resent
 			resent = true
+		case mode == pgx.QueryExecModeCacheStatement && preparingFailed(code):
+			d.stopPreparing(ctx, err)
+			again = true
 		case code == "40001" || code == "40P01": // serialization failure, deadlock: rolled back
 			again = backoff(ctx, attempt)
 		case code == "25006": // read-only, after a failover: rejected
@@ -461,17 +470,39 @@ func queryRow[T any](ctx context.Context, d *database, policy retryPolicy, scan 
 
 // tryQuery runs a statement once and releases its connection, even if scan panics. It reports
 // whether the connection broke.
-func tryQuery[T any](ctx context.Context, d *database, scan pgx.RowToFunc[T], sql string, args ...any) (rows []T, broken bool, err error) {
+//
+// The text begins with the number of the schema's last step. A pooler shares prepared statements
+// among releases, so a release whose step changes a column's type must not get an older plan.
+func tryQuery[T any](
+	ctx context.Context, d *database, mode pgx.QueryExecMode, scan pgx.RowToFunc[T], sql string, args ...any,
+) (rows []T, broken bool, err error) {
 	conn, err := d.acquire(ctx)
 	if err != nil {
 		return nil, false, err
 	}
 	defer conn.Release()
-	found, err := conn.Query(ctx, sql, args...)
+	sql = "/* schema step " + strconv.Itoa(len(d.steps)) + " */" + sql
+	found, err := conn.Query(ctx, sql, append([]any{mode}, args...)...)
 	if err == nil {
 		rows, err = pgx.CollectRows(found, scan)
 	}
 	return rows, conn.Conn().IsClosed(), err
+}
+
+// preparingFailed reports whether a prepared statement failed because it is prepared: the statement
+// exists already or does not exist, as behind a pooler that knows no prepared statements, or its
+// plan is for a type that a column had before. Nothing happened.
+func preparingFailed(sqlState string) bool {
+	return slices.Contains([]string{"42P05", "26000", "0A000"}, sqlState)
+}
+
+// stopPreparing makes the service send its statements unprepared from now on, which costs the
+// database about twice the work.
+func (d *database) stopPreparing(ctx context.Context, err error) {
+	if !d.unprepared.Swap(true) {
+		d.log.WarnContext(ctx, "prepared statements failed; statements are sent unprepared from now on",
+			"sqlstate", sqlState(err), "error", truncate(err.Error(), maxLogged))
+	}
 }
 
 // errConnection means that there is no connection to the database.
@@ -804,7 +835,7 @@ func lockHolder(ctx context.Context, conn *pgxpool.Conn) (text string) {
 		JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace AND n.nspname = 'public'
 		WHERE l.granted AND a.pid <> pg_backend_pid() AND a.datname = current_database()
 		ORDER BY a.xact_start
-		LIMIT 1`, pgx.QueryExecModeExec).Scan(&text)
+		LIMIT 1`).Scan(&text)
 	if err != nil {
 		return "a session that has ended"
 	}
@@ -847,8 +878,7 @@ func inspect(ctx context.Context, on interface {
 		           JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = 'tasks')
 		       ON n.nspname = 'public'
 		LEFT JOIN pg_catalog.pg_description d
-		       ON d.objoid = c.oid AND d.objsubid = 0 AND d.classoid = 'pg_catalog.pg_class'::regclass`,
-		pgx.QueryExecModeExec)
+		       ON d.objoid = c.oid AND d.objsubid = 0 AND d.classoid = 'pg_catalog.pg_class'::regclass`)
 	var state schemaState
 	if err == nil {
 		state, err = pgx.CollectExactlyOneRow(rows, pgx.RowToStructByPos[schemaState])

@@ -62,6 +62,7 @@ const (
 
 	// Cloud Run kills the process 10 s after SIGTERM. From the signal:
 	graceTime   = time.Second             // new requests are accepted
+	settleTime  = 200 * time.Millisecond  // for established connections to be accepted, and their requests to be read
 	cancelAfter = 7 * time.Second         // database work is canceled
 	closeAfter  = 8 * time.Second         // connections are closed
 	exitAfter   = 8500 * time.Millisecond // the process exits, even if the pool has not closed
@@ -903,7 +904,7 @@ func (s *server) serve(ctx context.Context, port, metricsPort string) error {
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	failed := make(chan error, 3) // two listeners and the start of the database
-	public, err := s.listen("PORT", port, s, failed)
+	public, socket, err := s.listen("PORT", port, s, failed)
 	if err != nil {
 		return err
 	}
@@ -911,7 +912,7 @@ func (s *server) serve(ctx context.Context, port, metricsPort string) error {
 		mux := http.NewServeMux()
 		mux.HandleFunc("GET /metrics", s.serveMetrics)
 		mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) { writeError(w, errNoPath) })
-		private, err := s.listen("METRICS_PORT", metricsPort, mux, failed)
+		private, _, err := s.listen("METRICS_PORT", metricsPort, mux, failed)
 		if err != nil {
 			return err
 		}
@@ -924,31 +925,28 @@ func (s *server) serve(ctx context.Context, port, metricsPort string) error {
 		}
 	}()
 
-	grace := graceTime
 	select {
 	case err = <-failed:
 	case err = <-s.db.failed:
 	case <-ctx.Done():
 	}
 	stop() // a second signal ends the process at once
-	if err != nil {
-		grace = 0
-		s.cancel()
-	}
 	s.log.Info("shutting down")
-	s.drain(public, grace)
+	s.drain(public, socket, err == nil)
 	s.log.Info("stopped")
 	return err
 }
 
 // listen serves h on all addresses of the setting's port, and sends how that ended to failed.
-func (s *server) listen(setting, port string, h http.Handler, failed chan<- error) (*http.Server, error) {
+func (s *server) listen(
+	setting, port string, h http.Handler, failed chan<- error,
+) (*http.Server, *net.TCPListener, error) {
 	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
-		return nil, fmt.Errorf("%s must be a port number from 1 to 65535", setting)
+		return nil, nil, fmt.Errorf("%s must be a port number from 1 to 65535", setting)
 	}
 	listener, err := net.Listen("tcp", ":"+port)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", setting, err)
+		return nil, nil, fmt.Errorf("%s: %w", setting, err)
 	}
 	hs := &http.Server{
 		Handler:           h,
@@ -960,19 +958,22 @@ func (s *server) listen(setting, port string, h http.Handler, failed chan<- erro
 		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelWarn),
 	}
 	go func() { failed <- hs.Serve(listener) }()
-	return hs, nil
+	return hs, listener.(*net.TCPListener), nil
 }
 
-// drain finishes the requests in progress, as far as the time allows. At first it still accepts
-// requests and asks their clients to close the connection: a client that reuses a connection while
-// the server closes it loses its request.
-func (s *server) drain(public *http.Server, grace time.Duration) {
-	s.stopping.Store(true)
+// drain waits for the requests in progress, as far as the time allows, and closes the connections.
+// Unless graceful, it cancels the requests at once.
+func (s *server) drain(public *http.Server, socket *net.TCPListener, graceful bool) {
 	time.AfterFunc(cancelAfter, s.cancel)
 	exit := time.After(exitAfter)
 	ctx, cancel := context.WithTimeout(context.Background(), closeAfter)
 	defer cancel()
-	time.Sleep(grace)
+	s.stopping.Store(true)
+	if graceful {
+		stopAccepting(socket)
+	} else {
+		s.cancel()
+	}
 	if err := public.Shutdown(ctx); err != nil {
 		public.Close()
 	}
@@ -985,4 +986,22 @@ func (s *server) drain(public *http.Server, grace time.Duration) {
 	case <-closed:
 	case <-exit:
 	}
+}
+
+// stopAccepting closes the socket after the grace period, so that no client loses a request. In the
+// grace period requests are accepted, and their responses ask the clients to close the connection:
+// a client that reuses one that the server closes loses its request.
+//
+// Closing the socket resets the connections that the kernel has established but Accept has not
+// returned. With a backlog of 0 there is at most one, and it is accepted before other clients send
+// their SYN a second time. Shutdown drops the requests that are read after it was called, so those
+// of the last connections are read before.
+func stopAccepting(socket *net.TCPListener) {
+	time.Sleep(graceTime)
+	if raw, err := socket.SyscallConn(); err == nil {
+		raw.Control(func(fd uintptr) { syscall.Listen(int(fd), 0) })
+	}
+	time.Sleep(settleTime)
+	socket.Close()
+	time.Sleep(settleTime)
 }
