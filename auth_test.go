@@ -78,20 +78,6 @@ func words(texts ...string) (long []string) {
 	return long
 }
 
-// serviceOf is a service of its own environment over the tests' database, with
-// its log, which is whole once the service is closed.
-func serviceOf(t testing.TB, secret, secrets, audience, issuer string) (*httptest.Server, *bytes.Buffer) {
-	t.Helper()
-	auth, err := newAuthenticator(secret, secrets, audience, issuer)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var log bytes.Buffer
-	service := httptest.NewServer(newServer(auth, sharedDB, newLogger(&log, slog.LevelDebug), nil, ""))
-	t.Cleanup(service.Close)
-	return service, &log
-}
-
 // get asks with just these headers.
 func get(t testing.TB, target string, header http.Header) answer {
 	t.Helper()

@@ -13,15 +13,6 @@ import (
 	"testing"
 )
 
-// newService returns the URL of a service of its own over the tests' database,
-// one instance of several or one with other settings.
-func newService(t testing.TB, db *database, origins ...string) string {
-	t.Helper()
-	service := httptest.NewServer(newServer(sharedAuth, db, slog.New(slog.DiscardHandler), origins, ""))
-	t.Cleanup(service.Close)
-	return service.URL
-}
-
 func TestIfMatch(t *testing.T) {
 	t.Parallel()
 	c := newClient(t)

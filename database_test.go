@@ -85,12 +85,6 @@ func TestSearchPath(t *testing.T) {
 	}
 }
 
-// openPreparedLike opens the same database once more.
-func openPreparedLike(t testing.TB, d *database) *database {
-	t.Helper()
-	return open(t, d.pool.Config().ConnString(), func(*pgxpool.Config) {})
-}
-
 func TestSessionFormats(t *testing.T) {
 	t.Parallel()
 	u := ownDatabase(t)

@@ -15,7 +15,6 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"net/url"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -278,94 +277,6 @@ func TestNeonMustProveItself(t *testing.T) {
 				row.name, row.trusted, err, name, row.passes, host)
 		}
 	}
-}
-
-// open opens databaseURL with a changed configuration until the test ends. It
-// knows already whether a pooler is there.
-func open(t testing.TB, databaseURL string, change func(*pgxpool.Config)) *database {
-	t.Helper()
-	config, _, err := poolConfig(databaseURL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	change(config)
-	d, err := newTracedDatabase(config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	d.pooler.Store(sharedDB.pooler.Load())
-	t.Cleanup(d.pool.Close)
-	return d
-}
-
-// openPrepared is open for a database that has the schema or gets it.
-func openPrepared(t testing.TB, databaseURL string) *database {
-	t.Helper()
-	d := open(t, databaseURL, func(*pgxpool.Config) {})
-	prepare(t, d)
-	return d
-}
-
-func prepare(t testing.TB, d *database) {
-	t.Helper()
-	if err := d.start(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-}
-
-// ownDatabase makes an empty database, with options of CREATE DATABASE, and returns its connection
-// string.
-func ownDatabase(t testing.TB, options ...string) string {
-	t.Helper()
-	name := "test_" + strings.ToLower(rand.Text())
-	sqlExec(t, sharedDB.pool, `CREATE DATABASE `+name+` `+strings.Join(options, ` `))
-	t.Cleanup(func() {
-		eventually(t, "removal of the test's database", func() bool { // autovacuum may be in it
-			_, err := sharedDB.pool.Exec(context.Background(), `DROP DATABASE `+name+` WITH (FORCE)`)
-			return err == nil || sqlState(err) == "3D000" // or an earlier try was successful
-		})
-	})
-	u, err := url.Parse(sharedDatabaseURL())
-	if err != nil {
-		t.Fatal(err)
-	}
-	u.Path = "/" + name
-	return u.String()
-}
-
-func sharedDatabaseURL() string { return sharedDB.pool.Config().ConnString() }
-
-// A runner is a pool or a transaction.
-type runner interface {
-	Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error)
-	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
-}
-
-func sqlExec(t testing.TB, on runner, sql string, args ...any) {
-	t.Helper()
-	if _, err := on.Exec(context.Background(), sql, args...); err != nil {
-		t.Fatalf("%s: %v", sql, err)
-	}
-}
-
-// sqlValue returns the only value of a statement's only row.
-func sqlValue[T any](t testing.TB, on runner, sql string, args ...any) (v T) {
-	t.Helper()
-	if err := on.QueryRow(context.Background(), sql, args...).Scan(&v); err != nil {
-		t.Fatalf("%s: %v", sql, err)
-	}
-	return v
-}
-
-// begin returns a transaction that is rolled back when the test ends.
-func begin(t testing.TB, d *database) pgx.Tx {
-	t.Helper()
-	tx, err := d.pool.Begin(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { tx.Rollback(context.Background()) })
-	return tx
 }
 
 func TestServerSettings(t *testing.T) {

@@ -1,42 +1,18 @@
 package main
 
 import (
-	"context"
 	"crypto/rand"
-	"encoding/json"
 	"fmt"
-	"log/slog"
 	"math"
 	"net/url"
 	"reflect"
 	"regexp"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 
-	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
-
-// fill gives the client's user n tasks, of which each third is completed, and returns their ids, the newest first.
-func (c *client) fill(n int) (ids []int64) {
-	c.t.Helper()
-	rows, err := sharedDB.pool.Query(c.t.Context(), `
-		INSERT INTO tasks (user_id, title, completed)
-		SELECT $1::text, 'task ' || i, i % 3 = 0
-		FROM generate_series(1, $2::int) AS i
-		RETURNING id`, c.user, n)
-	if err == nil {
-		ids, err = pgx.CollectRows(rows, pgx.RowTo[int64])
-	}
-	if err != nil {
-		c.t.Fatal(err)
-	}
-	slices.Sort(ids)
-	slices.Reverse(ids)
-	return ids
-}
 
 // next returns the URL of the next page as the answer gives it, or "".
 func next(t testing.TB, a answer) string {
@@ -204,64 +180,6 @@ func TestRefusedQueries(t *testing.T) {
 			t.Errorf("list %s = %d %s, want 200", query, a.status, a.body)
 		}
 	}
-}
-
-// A statementTracer keeps the statements about tasks that the service sent. It is set as the Tracer
-// of a configuration before newTracedDatabase.
-type statementTracer struct {
-	*database
-	mu    sync.Mutex
-	asked []pgx.TraceQueryStartData
-}
-
-func (s *statementTracer) TraceQueryStart(ctx context.Context, conn *pgx.Conn, data pgx.TraceQueryStartData) context.Context {
-	if strings.Contains(data.SQL, "tasks") && !strings.Contains(data.SQL, "EXPLAIN") {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		s.asked = append(s.asked, data)
-	}
-	return s.database.TraceQueryStart(ctx, conn, data)
-}
-
-// newTracedDatabase is newDatabase with a log that is discarded.
-func newTracedDatabase(config *pgxpool.Config) (*database, error) {
-	tracer, ok := config.ConnConfig.Tracer.(*statementTracer)
-	d, err := newDatabase(config, slog.New(slog.DiscardHandler))
-	if ok {
-		tracer.database, config.ConnConfig.Tracer = d, tracer
-	}
-	return d, err
-}
-
-// A plan is a node of what EXPLAIN (FORMAT JSON) says.
-type plan struct {
-	Type    string  `json:"Node Type"`
-	Index   string  `json:"Index Name"`
-	Removed float64 `json:"Rows Removed by Filter"`
-	Rows    float64 `json:"Actual Rows"`
-	Hit     int     `json:"Shared Hit Blocks"` // of the node and those below it
-	Read    int     `json:"Shared Read Blocks"`
-	Plans   []plan  `json:"Plans"`
-}
-
-// nodes returns the plan's nodes, the topmost first.
-func (p plan) nodes() []plan {
-	all := []plan{p}
-	for _, below := range p.Plans {
-		all = append(all, below.nodes()...)
-	}
-	return all
-}
-
-// explain returns the plan of a statement, and what running it took.
-func explain(t testing.TB, d *database, asked pgx.TraceQueryStartData) plan {
-	t.Helper()
-	text := sqlValue[string](t, d.pool, `EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) `+asked.SQL, asked.Args...)
-	var plans []struct{ Plan plan }
-	if err := json.Unmarshal([]byte(text), &plans); err != nil {
-		t.Fatal(err)
-	}
-	return plans[0].Plan
 }
 
 // What the planner does depends on what is in the table: this one is the test's own. Nearly all its tasks are

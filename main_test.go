@@ -2,22 +2,17 @@ package main
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"crypto/rand"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
-	mathrand "math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
 	"os"
-	"os/exec"
-	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -27,231 +22,6 @@ import (
 	"testing"
 	"time"
 )
-
-// A process is the whole service: the test binary, told by TestMain to run main.
-type process struct {
-	t      testing.TB
-	cmd    *exec.Cmd
-	url    string
-	output lockedBuffer // stdout and stderr
-	exited chan struct{}
-}
-
-// startProcess starts the service on a free port and the tests' database.
-// Settings are given as "K=V", and win over those. It is killed when the test ends.
-func startProcess(t testing.TB, settings ...string) *process {
-	t.Helper()
-	program, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return startProgram(t, program, nil, settings...)
-}
-
-// startProgram is startProcess for another binary, or with arguments.
-func startProgram(t testing.TB, program string, args []string, settings ...string) *process {
-	t.Helper()
-	port := freePort(t)
-	p := &process{t: t, cmd: exec.Command(program, args...), url: "http://127.0.0.1:" + port, exited: make(chan struct{})}
-	p.cmd.Env = append([]string{"TODO_APP_TEST_RUNS=main", "GORACE=atexit_sleep_ms=0", // with -race, an exit would take a second longer
-		"PORT=" + port, "DATABASE_URL=" + os.Getenv("DATABASE_URL"), "BETTER_AUTH_SECRET=" + testSecret}, settings...)
-	p.cmd.Stdout, p.cmd.Stderr = &p.output, &p.output
-	if err := p.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	go func() {
-		p.cmd.Wait()
-		close(p.exited)
-	}()
-	t.Cleanup(func() {
-		p.cmd.Process.Kill()
-		<-p.exited
-	})
-	return p
-}
-
-// freePort returns a TCP port on which nothing listens, below those that the
-// kernel gives to outgoing connections: one of them could take it meanwhile.
-func freePort(t testing.TB) string {
-	t.Helper()
-	for range 100 {
-		port := strconv.Itoa(10000 + mathrand.N(10000))
-		if l, err := net.Listen("tcp", ":"+port); err == nil {
-			l.Close()
-			return port
-		}
-	}
-	t.Fatal("no free port between 10000 and 20000")
-	return ""
-}
-
-// listenLocally listens on a free port of this machine until the test ends.
-func listenLocally(t testing.TB) net.Listener {
-	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { listener.Close() })
-	return listener
-}
-
-// waitLive returns when /health/live answers.
-func (p *process) waitLive() {
-	p.t.Helper()
-	eventually(p.t, "answer of /health/live", func() bool {
-		select {
-		case <-p.exited:
-			p.t.Fatalf("the service ended: %s", p.output.String())
-		default:
-		}
-		res, err := http.Get(p.url + "/health/live")
-		if err == nil {
-			res.Body.Close()
-		}
-		return err == nil && res.StatusCode == 200
-	})
-}
-
-func (p *process) signal(s os.Signal) {
-	p.t.Helper()
-	if err := p.cmd.Process.Signal(s); err != nil {
-		p.t.Fatal(err)
-	}
-}
-
-// wait returns the exit status, -1 where a signal ended the process.
-func (p *process) wait(limit time.Duration) int {
-	p.t.Helper()
-	select {
-	case <-p.exited:
-	case <-time.After(limit):
-		p.t.Fatalf("the service still runs after %v: %s", limit, p.output.String())
-	}
-	return p.cmd.ProcessState.ExitCode()
-}
-
-// request returns the log line of the request with that X-Request-Id.
-func (p *process) request(id string) (line map[string]any) {
-	p.t.Helper()
-	eventually(p.t, "log line of request "+id, func() bool {
-		for _, line = range p.output.lines(p.t) {
-			if line["request_id"] == id {
-				return true
-			}
-		}
-		return false
-	})
-	return line
-}
-
-// memory returns a figure of the process's memory, VmRSS for now or VmHWM for
-// the most, in bytes. It is 0 where it cannot be known or does not count.
-func (p *process) memory(figure string) int {
-	p.t.Helper()
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
-	_, value, found := strings.Cut(string(status), figure+":")
-	if err != nil || !found || underRace() {
-		p.t.Log("memory not measured")
-		return 0
-	}
-	kib, err := strconv.Atoi(strings.Fields(value)[0])
-	if err != nil {
-		p.t.Fatal(err)
-	}
-	p.t.Logf("%s %d KiB", figure, kib)
-	return kib << 10
-}
-
-// underRace reports whether the race detector runs, under which figures of
-// time and memory say nothing.
-func underRace() bool {
-	build, _ := debug.ReadBuildInfo()
-	return slices.Contains(build.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
-}
-
-// A lockedBuffer keeps what is logged.
-type lockedBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *lockedBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lockedBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
-}
-
-// lines returns the lines that are complete, each of which must be a JSON object.
-func (l *lockedBuffer) lines(t testing.TB) (lines []map[string]any) {
-	t.Helper()
-	text := l.String()
-	for line := range strings.Lines(text[:strings.LastIndex(text, "\n")+1]) {
-		var v map[string]any
-		if err := json.Unmarshal([]byte(line), &v); err != nil {
-			t.Fatalf("log line %s: %v", line, err)
-		}
-		lines = append(lines, v)
-	}
-	return lines
-}
-
-// eventually waits for a condition.
-func eventually(t testing.TB, what string, condition func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); !condition(); time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("no %s in 20 s", what)
-		}
-	}
-}
-
-// raw sends text as it is on a connection of its own.
-func raw(t testing.TB, service, text string) net.Conn {
-	t.Helper()
-	conn, err := net.Dial("tcp", strings.TrimPrefix(service, "http://"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	conn.SetDeadline(time.Now().Add(30 * time.Second))
-	if _, err := io.WriteString(conn, text); err != nil {
-		t.Fatal(err)
-	}
-	return conn
-}
-
-// post is the text of a create by c, with further header lines.
-func (c *client) post(body string, headers ...string) string {
-	return fmt.Sprintf("POST /api/%s/tasks HTTP/1.1\r\nHost: todo\r\nAuthorization: %s\r\n%s\r\n\r\n%s",
-		c.user, c.authorization, strings.Join(headers, "\r\n"), body)
-}
-
-// readAnswer reads the one answer that is due on a connection.
-func readAnswer(t testing.TB, conn net.Conn) answer {
-	t.Helper()
-	res, err := http.ReadResponse(bufio.NewReader(conn), nil)
-	if err != nil {
-		t.Fatalf("read an answer: %v", err)
-	}
-	body, err := io.ReadAll(res.Body)
-	if err != nil {
-		t.Fatalf("read an answer's body: %v", err)
-	}
-	return answer{res.StatusCode, res.Header, string(body)}
-}
-
-// closed reports whether the service closes a connection, and sends no more on it.
-func closed(conn net.Conn) bool {
-	n, err := conn.Read(make([]byte, 1))
-	return n == 0 && err != nil && !errors.Is(err, os.ErrDeadlineExceeded)
-}
 
 func TestBadSettings(t *testing.T) {
 	t.Parallel()
@@ -431,9 +201,6 @@ func TestDatabaseComesUpLater(t *testing.T) {
 		t.Errorf("prepare = %v, want nil: its error ends the process", err)
 	}
 }
-
-// stopLimit is what a stop may take: Cloud Run kills after 10 s.
-const stopLimit = 9 * time.Second
 
 // Not even a database that has gone silent keeps the process longer.
 func TestStopDespiteSilence(t *testing.T) {

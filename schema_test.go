@@ -1,14 +1,8 @@
 package main
 
 import (
-	"encoding/json"
 	"fmt"
 	"net/http"
-	"net/url"
-	"os"
-	"os/exec"
-	"path/filepath"
-	"regexp"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -20,155 +14,6 @@ import (
 
 	"github.com/jackc/pgx/v5/pgxpool"
 )
-
-// releaseDir contains the binaries that the tests build. testMain removes it.
-var releaseDir = filepath.Join(os.TempDir(), fmt.Sprint("todo-app-releases-", os.Getpid()))
-
-// Binaries of later releases, by the steps that they append to schema.sql. Each is built once.
-var (
-	laterSteps = `
--- step 2: add a column
-ALTER TABLE public.tasks ADD COLUMN priority integer;
-
--- step 3: record the release's name
-CREATE TABLE public.releases (name text);
-INSERT INTO public.releases VALUES ('it''s step 3');
-`
-	laterRelease = sync.OnceValues(func() (string, error) { return buildRelease("later", laterSteps) })
-
-	slowSteps = `
--- step 2: sleep for three seconds
-DO $$ BEGIN ASSERT current_setting('statement_timeout') = '0'; END $$;
-SELECT pg_sleep(3);
-
--- step 3: read titles as numbers
-SELECT sum(title::integer) FROM public.tasks;
-`
-	slowRelease = sync.OnceValues(func() (string, error) { return buildRelease("slow", slowSteps) })
-)
-
-// buildRelease builds this checkout with more steps, which leaves its files as they are.
-func buildRelease(name, steps string) (program string, err error) {
-	original, err := filepath.Abs("schema.sql")
-	if err != nil {
-		return "", err
-	}
-	file := func(name string) string { return filepath.Join(releaseDir, name) }
-	overlay, err := json.Marshal(map[string]any{"Replace": map[string]string{original: file(name + ".sql")}})
-	if err != nil {
-		return "", err
-	}
-	if err := os.MkdirAll(releaseDir, 0o700); err != nil {
-		return "", err
-	}
-	for path, text := range map[string]string{name + ".sql": schema + steps, name + ".json": string(overlay)} {
-		if err := os.WriteFile(file(path), []byte(text), 0o600); err != nil {
-			return "", err
-		}
-	}
-	if out, err := exec.Command("go", "build", "-overlay", file(name+".json"), "-o", file(name), ".").CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build the release %s: %w: %s", name, err, out)
-	}
-	return file(name), nil
-}
-
-// startRelease starts a later release on a database.
-func startRelease(t testing.TB, release func() (string, error), databaseURL string, args ...string) *process {
-	t.Helper()
-	program, err := release()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return startProgram(t, program, args, "DATABASE_URL="+databaseURL)
-}
-
-// runMigrate runs todo-app migrate to its end, with no setting but DATABASE_URL.
-func runMigrate(t testing.TB, release func() (string, error), databaseURL string) (status int, p *process) {
-	t.Helper()
-	program, err := release()
-	if err != nil {
-		t.Fatal(err)
-	}
-	p = startProgram(t, program, []string{"migrate"}, "DATABASE_URL="+databaseURL, "BETTER_AUTH_SECRET=", "PORT=")
-	return p.wait(20 * time.Second), p
-}
-
-// thisRelease is the test binary, which runs main.
-func thisRelease() (string, error) { return os.Executable() }
-
-// health returns the status of a health route, 0 if nothing listens.
-func (p *process) health(route string) int {
-	res, err := http.Get(p.url + "/health/" + route)
-	if err != nil {
-		return 0
-	}
-	res.Body.Close()
-	return res.StatusCode
-}
-
-func (p *process) waitReady() {
-	p.t.Helper()
-	eventually(p.t, "ready service", func() bool {
-		select {
-		case <-p.exited:
-			p.t.Fatalf("the service ended: %s", p.output.String())
-		default:
-		}
-		return p.health("ready") == 200
-	})
-}
-
-// messages returns the log's messages of a severity, other than those of requests.
-func (p *process) messages(severity string) (messages []string) {
-	p.t.Helper()
-	for _, line := range p.output.lines(p.t) {
-		if line["severity"] == severity && line["message"] != "request" {
-			messages = append(messages, fmt.Sprint(line["message"], " ", line["reason"]))
-		}
-	}
-	return messages
-}
-
-// catalogState describes everything in the schema public. It changes with every statement that
-// changes a definition, even if it changes it to the same.
-func catalogState(t testing.TB, on runner) string {
-	t.Helper()
-	return sqlValue[string](t, on, `
-		SELECT string_agg(line, E'\n' ORDER BY line)
-		FROM (SELECT format('%s %s %s %s', c.relname, c.oid, c.xmin,
-		                 (SELECT string_agg(concat(d.objsubid, d.description, d.xmin), ',' ORDER BY d.objsubid)
-		                  FROM pg_description d WHERE d.objoid = c.oid))
-		      FROM pg_class c WHERE c.relnamespace = 'public'::regnamespace
-		      UNION ALL
-		      SELECT format('%s.%s %s', a.attrelid, a.attname, a.xmin)
-		      FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid
-		      WHERE c.relnamespace = 'public'::regnamespace
-		      UNION ALL
-		      SELECT format('%s %s', i.indexrelid, i.xmin)
-		      FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
-		      WHERE c.relnamespace = 'public'::regnamespace) AS lines (line)`)
-}
-
-// tracks a client's requests: the longest, and how many got a 503.
-type tracker struct {
-	http.RoundTripper
-	longest, unavailable atomic.Int64
-}
-
-func (m *tracker) RoundTrip(r *http.Request) (*http.Response, error) {
-	start := time.Now()
-	res, err := m.RoundTripper.RoundTrip(r)
-	took := int64(time.Since(start))
-	for longest := m.longest.Load(); took > longest; longest = m.longest.Load() {
-		if m.longest.CompareAndSwap(longest, took) {
-			break
-		}
-	}
-	if err == nil && res.StatusCode == http.StatusServiceUnavailable {
-		m.unavailable.Add(1)
-	}
-	return res, err
-}
 
 // The old version serves reads and writes while a new one waits for somebody's transaction and then
 // changes the table.
@@ -680,29 +525,4 @@ func TestReady(t *testing.T) {
 		t.Errorf("a check would end the service: %v", err)
 	default:
 	}
-}
-
-// alterDatabase changes the settings of sessions that begin later.
-func alterDatabase(t testing.TB, databaseURL, sql string) {
-	t.Helper()
-	sqlExec(t, sharedDB.pool, `ALTER DATABASE `+databaseName(t, databaseURL)+` `+sql)
-}
-
-// renewSessions has a pooler use new sessions of a database, which see its settings.
-func renewSessions(t testing.TB, databaseURL string) {
-	t.Helper()
-	if sharedDB.pooler.Load() {
-		sqlExec(t, sharedDB.pool, `SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = $1`, databaseName(t, databaseURL))
-	}
-}
-
-var testDatabase = regexp.MustCompile(`^/test_[a-z0-9_]+$`)
-
-func databaseName(t testing.TB, databaseURL string) string {
-	t.Helper()
-	u, err := url.Parse(databaseURL)
-	if err != nil || !testDatabase.MatchString(u.Path) {
-		t.Fatalf("%s is not a test's own database: %v", databaseURL, err)
-	}
-	return u.Path[1:]
 }

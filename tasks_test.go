@@ -3,23 +3,17 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"context"
 	"crypto/rand"
 	"encoding/json"
 	"fmt"
 	"io"
-	"log/slog"
 	"maps"
 	"net"
 	"net/http"
-	"net/http/httptest"
-	"net/url"
-	"os"
 	"reflect"
 	"regexp"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 	"unicode/utf16"
@@ -28,194 +22,6 @@ import (
 
 // The tests run through HTTP on a real database, which others may use at the
 // same time: each test has users of its own, and removes what they created.
-
-const testSecret = "a secret that only the tests use, 0123456789"
-
-// What most tests share: one service, in this process, over DATABASE_URL.
-var (
-	sharedDB   *database
-	sharedAuth *authenticator
-	sharedURL  string
-)
-
-func TestMain(m *testing.M) {
-	switch os.Getenv("TODO_APP_TEST_RUNS") { // the test binary is another process, of a test
-	case "main":
-		main()
-		return
-	case "bare":
-		serveBare()
-		return
-	}
-	if os.Getenv("DATABASE_URL") == "" {
-		fmt.Println("the tests need a database: run ./with-postgres go test ./..., or set DATABASE_URL to a Neon branch")
-		os.Exit(1)
-	}
-	os.Exit(testMain(m))
-}
-
-func testMain(m *testing.M) int {
-	defer os.RemoveAll(releaseDir)
-	var err error
-	if sharedDB, err = openDatabase(os.Getenv("DATABASE_URL"), slog.New(slog.DiscardHandler)); err == nil {
-		err = sharedDB.start(context.Background())
-	}
-	if err != nil {
-		fmt.Println("the tests' database:", err)
-		return 1
-	}
-	defer sharedDB.pool.Close()
-	if sharedAuth, err = newAuthenticator(testSecret, "", "", ""); err != nil {
-		fmt.Println(err)
-		return 1
-	}
-	service := httptest.NewServer(newServer(sharedAuth, sharedDB, slog.New(slog.DiscardHandler), nil, ""))
-	defer service.Close()
-	sharedURL = service.URL
-	return m.Run()
-}
-
-// A wireTask is what a client decodes: written out again, so that a change of
-// the wire format breaks a test.
-type wireTask struct {
-	ID          int64     `json:"id"`
-	UserID      string    `json:"user_id"`
-	Title       string    `json:"title"`
-	Description *string   `json:"description"`
-	Completed   bool      `json:"completed"`
-	CreatedAt   time.Time `json:"created_at"`
-	UpdatedAt   time.Time `json:"updated_at"`
-}
-
-// A client speaks to a service as one user.
-type client struct {
-	t             testing.TB
-	http          *http.Client
-	service, user string
-	authorization string // "" sends none
-}
-
-// newClient returns a client of the shared service with a user of its own,
-// whose tasks are removed when the test ends.
-func newClient(t testing.TB) *client {
-	t.Helper()
-	return newClientOf(t, sharedURL, "test-"+rand.Text())
-}
-
-// newClientOf is newClient for a user of that name and a service that keeps
-// its tasks in the tests' database too.
-func newClientOf(t testing.TB, service, user string) *client {
-	t.Helper()
-	t.Cleanup(func() {
-		if _, err := sharedDB.pool.Exec(context.Background(), `DELETE FROM tasks WHERE user_id = $1`, user); err != nil {
-			t.Errorf("remove the tasks of %s: %v", user, err)
-		}
-	})
-	return &client{t: t, http: http.DefaultClient, service: service, user: user, authorization: authorization(t, user)}
-}
-
-// authorization returns the header of a request of that user.
-func authorization(t testing.TB, user string) string {
-	t.Helper()
-	token, err := sharedAuth.sign(user)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return "Bearer " + token
-}
-
-// keepingConnections returns an HTTP client for many requests at a time, whose
-// connections live until the test ends. The default one keeps two.
-func keepingConnections(t testing.TB) *http.Client {
-	transport := &http.Transport{MaxIdleConnsPerHost: 64}
-	t.Cleanup(transport.CloseIdleConnections)
-	return &http.Client{Transport: transport}
-}
-
-// An answer is a response, read.
-type answer struct {
-	status int
-	header http.Header
-	body   string
-}
-
-// do sends a request to a path under the user's tasks, such as "" or "/7".
-// Headers are given as name, value, name, value. A body is sent as JSON.
-func (c *client) do(method, path, body string, headers ...string) answer {
-	c.t.Helper()
-	return c.send(method, "/api/"+url.PathEscape(c.user)+"/tasks"+path, body, headers...)
-}
-
-// send is do for a whole path.
-func (c *client) send(method, path, body string, headers ...string) answer {
-	c.t.Helper()
-	a, err := c.try(method, path, body, headers...)
-	if err != nil {
-		c.t.Fatalf("%s %s: %v", method, path, err)
-	}
-	return a
-}
-
-// try is send where no answer may come.
-func (c *client) try(method, path, body string, headers ...string) (answer, error) {
-	r, err := http.NewRequest(method, c.service+path, strings.NewReader(body))
-	if err != nil {
-		return answer{}, err
-	}
-	if body != "" {
-		r.Header.Set("Content-Type", "application/json")
-	}
-	if c.authorization != "" {
-		r.Header.Set("Authorization", c.authorization)
-	}
-	for i := 0; i < len(headers); i += 2 {
-		r.Header.Set(headers[i], headers[i+1])
-	}
-	res, err := c.http.Do(r)
-	if err != nil {
-		return answer{}, err
-	}
-	defer res.Body.Close()
-	text, err := io.ReadAll(res.Body)
-	a := answer{res.StatusCode, res.Header, string(text)}
-	if _, measured := c.t.(*testing.B); err == nil && !measured {
-		if err := undeclared(method, r.URL.EscapedPath(), a); err != nil {
-			c.t.Errorf("%s %s is not as openapi.json says: %v", method, path, err)
-		}
-	}
-	return a, err
-}
-
-// create makes a task of that title and returns it.
-func (c *client) create(title string) wireTask {
-	c.t.Helper()
-	body, err := json.Marshal(map[string]string{"title": title})
-	if err != nil {
-		c.t.Fatal(err)
-	}
-	a := c.do("POST", "", string(body))
-	if a.status != http.StatusCreated {
-		c.t.Fatalf("create %q = %d %s, want 201", title, a.status, a.body)
-	}
-	return decode[wireTask](c.t, a.body)
-}
-
-// decode reads an answer's body, which must have no member that T lacks.
-func decode[T any](t testing.TB, body string) (v T) {
-	t.Helper()
-	d := json.NewDecoder(bytes.NewReader([]byte(body)))
-	d.DisallowUnknownFields()
-	if err := d.Decode(&v); err != nil {
-		t.Fatalf("decode %s: %v", body, err)
-	}
-	return v
-}
-
-// detail returns the text of an error's answer, which must have nothing else.
-func detail(t testing.TB, a answer) string {
-	t.Helper()
-	return decode[struct{ Detail string }](t, a.body).Detail
-}
 
 func TestStory(t *testing.T) {
 	t.Parallel()
@@ -293,14 +99,6 @@ func TestStory(t *testing.T) {
 			t.Errorf("%s of a deleted task = %d %s, want 404", method, a.status, a.body)
 		}
 	}
-}
-
-func equalTasks(a, b wireTask) bool {
-	if (a.Description == nil) != (b.Description == nil) || a.Description != nil && *a.Description != *b.Description {
-		return false
-	}
-	a.Description, b.Description = nil, nil
-	return a == b
 }
 
 func TestRefusedBodiesChangeNothing(t *testing.T) {
@@ -657,27 +455,6 @@ func TestTasksOfOthersDoNotExist(t *testing.T) {
 			t.Errorf("list %s = %s of %q, want %+v of %s", list.query, got.body, got.header.Get("X-Total-Count"), list.want, list.total)
 		}
 	}
-}
-
-// atOnce sends n requests of a client at the same time, and returns the answers in their order.
-func (c *client) atOnce(n int, request func(i int) (method, path, body string)) []answer {
-	c.t.Helper()
-	answers := make([]answer, n)
-	var all sync.WaitGroup
-	for i := range n {
-		all.Go(func() {
-			method, path, body := request(i)
-			var err error
-			if answers[i], err = c.try(method, "/api/"+url.PathEscape(c.user)+"/tasks"+path, body); err != nil {
-				c.t.Errorf("%s %s: %v", method, path, err)
-			}
-		})
-	}
-	all.Wait()
-	if c.t.Failed() {
-		c.t.FailNow()
-	}
-	return answers
 }
 
 func TestNoToggleIsLost(t *testing.T) {
