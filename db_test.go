@@ -331,6 +331,7 @@ func TestOneRoundTripARequest(t *testing.T) {
 	t.Parallel()
 	d, r := openOver(t)
 	c := newClientOf(t, newService(t, d), "test-"+rand.Text())
+	runStatements(t, d, c.service, 1)
 	task := fmt.Sprintf("/%d", c.create("Milk").ID)
 	api := "/api/" + c.user + "/tasks"
 	for _, row := range []struct {

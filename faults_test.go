@@ -42,7 +42,7 @@ func TestLostRequestsAndAnswers(t *testing.T) {
 			d, r := openOver(t)
 			c := newClientOf(t, newService(t, d), "test-"+rand.Text())
 			before := c.do("POST", "", `{"title": "before"}`)
-			connect(t, d, 2)
+			runStatements(t, d, c.service, 2)
 			path := strings.ReplaceAll(row.path, "ID", fmt.Sprint(decode[wireTask](t, before.body).ID))
 			var headers []string
 			if row.header != "" {

@@ -190,6 +190,42 @@ func connect(t testing.TB, d *database, n int) {
 	}
 }
 
+// runStatements runs each statement of a service once on each of n connections, as a service has
+// done that has run for a while: the statements are prepared.
+func runStatements(t testing.TB, d *database, service string, n int) {
+	t.Helper()
+	c := newClientOf(t, service, "test-"+rand.Text())
+	prepared := map[*pgx.Conn]bool{}
+	for range n {
+		var held []*pgxpool.Conn // all but one that has prepared nothing
+		for range n {
+			conn, err := d.acquire(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			held = append(held, conn)
+		}
+		i := slices.IndexFunc(held, func(c *pgxpool.Conn) bool { return !prepared[c.Conn()] })
+		prepared[held[i].Conn()] = true
+		held[i].Release()
+		c.do("POST", "", `{"title": "keyed"}`, "Idempotency-Key", rand.Text())
+		for _, match := range []string{"*", `"another"`} {
+			task := fmt.Sprintf("/%d", c.create("plain").ID)
+			c.do("PATCH", task, `{}`, "If-Match", match)
+			c.do("DELETE", task, "", "If-Match", match)
+			c.do("GET", task, "")
+		}
+		c.do("GET", "?total=true", "")
+		c.do("GET", "?total=true&completed=true", "")
+		for j, conn := range held {
+			if j != i {
+				conn.Release()
+			}
+		}
+	}
+	sqlExec(t, d.pool, `DELETE FROM public.tasks WHERE user_id = $1`, c.user)
+}
+
 // A ledger is what clients know of their tasks. Each task has a life: it is
 // new, then done, then open again, and half of them go.
 type ledger struct {
