@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"slices"
 	"strconv"
@@ -14,15 +15,15 @@ import (
 )
 
 const (
-	minSecret     = 32               // bytes; RFC 7518, section 3.2: a key at least as long as the hash
+	minSecret     = 32               // bytes, as many as the hash has; RFC 7518, section 3.2
 	maxSubject    = 512              // bytes; also a CHECK in schema.sql
 	clockLeeway   = 30 * time.Second // between the front end's clock and this one
 	tokenLifetime = time.Hour        // of the tokens that `todo-app token` prints
-	year10000     = 253402300800     // seconds since 1970
+	year10000     = 253402300800     // seconds from 1970 to the year 10000
 )
 
-// An authenticator verifies the HS256 tokens (RFC 7519) that the front end signs with Better Auth's
-// secret. It keeps nothing about users: the user of a request is the sub of its token.
+// An authenticator verifies the HS256 tokens (RFC 7519) that the front end signs with Better
+// Auth's secret. It has no list of users: the user of a request is the sub of its token.
 type authenticator struct {
 	keys             jwt.VerificationKeySet // the first one signs
 	parser           *jwt.Parser
@@ -31,15 +32,16 @@ type authenticator struct {
 }
 
 // newAuthenticator takes the values of BETTER_AUTH_SECRET, BETTER_AUTH_SECRETS (Better Auth's
-// rotation list, 2:new,1:old), JWT_AUDIENCE and JWT_ISSUER, each "" if it is not set. Its errors name
-// the setting and contain no part of a secret.
+// rotation list, 2:new,1:old), JWT_AUDIENCE and JWT_ISSUER, each "" if it is not set. Its errors
+// name the setting and contain no part of a secret.
 func newAuthenticator(secret, secrets, audience, issuer string) (*authenticator, error) {
 	a := &authenticator{audience: audience, issuer: issuer}
 	if secret == "" && secrets == "" {
-		return nil, errors.New("BETTER_AUTH_SECRET is not set: set it to the secret of the same name on the Next.js side")
+		return nil, errors.New("BETTER_AUTH_SECRET is not set: " +
+			"set it to the secret of the same name on the Next.js side")
 	}
-	if secret != "" {
-		if err := a.addKey("BETTER_AUTH_SECRET", secret); err != nil { // as it is: not decoded, not trimmed
+	if secret != "" { // neither decoded nor trimmed, as in Better Auth
+		if err := a.addKey("BETTER_AUTH_SECRET", secret); err != nil {
 			return nil, err
 		}
 	}
@@ -49,7 +51,8 @@ func newAuthenticator(secret, secrets, audience, issuer string) (*authenticator,
 		}
 	}
 	options := []jwt.ParserOption{
-		jwt.WithValidMethods([]string{jwt.SigningMethodHS256.Name}), // or HS512 with the same secret would pass
+		// Without this, a token with HS384 or HS512 and the same secret would be valid.
+		jwt.WithValidMethods([]string{jwt.SigningMethodHS256.Name}),
 		jwt.WithExpirationRequired(),
 		jwt.WithLeeway(clockLeeway),
 		jwt.WithStrictDecoding(),
@@ -64,27 +67,28 @@ func newAuthenticator(secret, secrets, audience, issuer string) (*authenticator,
 	return a, nil
 }
 
-// addKeys adds the secrets of a rotation list, the current one first. Like Better Auth it trims
-// white space around versions and secrets; a version must be digits.
+// addKeys adds the secrets of a rotation list, the current one first. Like Better Auth, it trims
+// white space around versions and secrets. A version must be digits.
 func (a *authenticator) addKeys(setting, list string) error {
 	seen := map[uint64]bool{}
 	for i, entry := range strings.Split(list, ",") {
 		version, secret, _ := strings.Cut(entry, ":")
 		n, err := strconv.ParseUint(strings.TrimSpace(version), 10, 64)
 		if err != nil || seen[n] {
-			return fmt.Errorf("%s must be a list like 2:new,1:old; entry %d has no version, or the version of another entry",
-				setting, i+1)
+			return fmt.Errorf("%s must be a list like 2:new,1:old; "+
+				"entry %d has no version, or the version of another entry", setting, i+1)
 		}
 		seen[n] = true
-		if err := a.addKey(fmt.Sprintf("%s entry %d", setting, i+1), strings.TrimSpace(secret)); err != nil {
+		name := fmt.Sprintf("%s entry %d", setting, i+1)
+		if err := a.addKey(name, strings.TrimSpace(secret)); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// addKey adds a secret, and rejects one that is public or too short. golang-jwt would verify with an
-// empty key. A secret that is probably not meant as it is gets a warning.
+// addKey adds a secret. It rejects one that is public or too short; golang-jwt itself accepts even
+// an empty key. A secret that was probably copied wrong gets a warning.
 func (a *authenticator) addKey(setting, secret string) error {
 	public := []string{
 		"better-auth-secret-123456789",                     // Better Auth's default up to 1.3
@@ -137,14 +141,14 @@ func (a *authenticator) user(r *http.Request) (string, error) {
 	return a.verify(token)
 }
 
-// badToken returns an errBadToken. The reason is for the log alone, and contains nothing of the token.
+// badToken returns an errBadToken. The reason is for the log and must contain no part of the token.
 func badToken(reason string) error { return fmt.Errorf("%w: %s", errBadToken, reason) }
 
 // verify returns the user that a valid token was signed for.
 func (a *authenticator) verify(raw string) (string, error) {
 	claims := jwt.MapClaims{} // and not RegisteredClaims, which would read "SUB" as "sub"
 	token, err := a.parser.ParseWithClaims(raw, claims, func(t *jwt.Token) (any, error) {
-		if _, ok := t.Header["crit"]; ok { // RFC 7515, section 4.1.11: extensions that must be understood
+		if _, ok := t.Header["crit"]; ok { // extensions, none of which is known; RFC 7515, 4.1.11
 			return nil, errors.New("crit")
 		}
 		return a.keys, nil
@@ -157,8 +161,8 @@ func (a *authenticator) verify(raw string) (string, error) {
 			return "", badToken(name + " is outside the years 1970 to 9999: is it in milliseconds?")
 		}
 	}
-	// No other claim replaces sub. Better Auth signs e-mail links and session cookies with the same
-	// secret, and those contain an id and an e-mail address.
+	// No other claim replaces sub. Better Auth signs e-mail links and session cookies with the
+	// same secret, and those contain an id and an e-mail address.
 	user, isString := claims["sub"].(string)
 	switch {
 	case claims["sub"] == nil:
@@ -198,22 +202,27 @@ func tokenProblem(token *jwt.Token, err error) string {
 	return "exp, nbf, aud or iss has a wrong type"
 }
 
-// checkUser validates a user id against what the database can store. encoding/json decodes malformed
-// text to U+FFFD, which could make two ids equal.
+// checkUser validates a user id against what the database can store. encoding/json decodes
+// malformed text to U+FFFD, which could make two ids equal.
 func checkUser(id string) error {
-	if id == "" || len(id) > maxSubject || !utf8.ValidString(id) || strings.ContainsAny(id, "\x00\uFFFD") {
-		return fmt.Errorf("a user id must be 1 to %d bytes of UTF-8 without U+0000 and U+FFFD", maxSubject)
+	inRange := len(id) >= 1 && len(id) <= maxSubject
+	if !inRange || !utf8.ValidString(id) || strings.ContainsAny(id, "\x00\uFFFD") {
+		return fmt.Errorf("a user id must be 1 to %d bytes of UTF-8 without U+0000 and U+FFFD",
+			maxSubject)
 	}
 	return nil
 }
 
-// sign returns a token for user as the front end would sign it, valid for tokenLifetime.
-func (a *authenticator) sign(user string) (string, error) {
+// sign returns a token for user as the front end would sign it, with extra claims. It is valid for
+// tokenLifetime.
+func (a *authenticator) sign(user string, extra map[string]any) (string, error) {
 	if err := checkUser(user); err != nil {
 		return "", err
 	}
 	now := time.Now()
-	claims := jwt.MapClaims{"sub": user, "iat": now.Unix(), "exp": now.Add(tokenLifetime).Unix()}
+	claims := jwt.MapClaims{}
+	maps.Copy(claims, extra)
+	claims["sub"], claims["iat"], claims["exp"] = user, now.Unix(), now.Add(tokenLifetime).Unix()
 	if a.audience != "" {
 		claims["aud"] = a.audience
 	}

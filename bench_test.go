@@ -46,7 +46,7 @@ type call struct{ method, path, body, token string }
 
 func callOf(b *testing.B, user, method, path, body string) call {
 	b.Helper()
-	token, err := sharedAuth.sign(user)
+	token, err := sharedAuth.sign(user, nil)
 	if err != nil {
 		b.Fatal(err)
 	}

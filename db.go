@@ -24,27 +24,27 @@ import (
 )
 
 const (
-	defaultMaxConns = 15  // Neon's smallest compute accepts 97 clients: six instances
-	limitMaxConns   = 100 // of pool_max_conns
+	defaultMaxConns = 15  // six instances; Neon's smallest compute accepts 97 clients
+	limitMaxConns   = 100 // the largest pool_max_conns
 
-	acquireTimeout   = 10 * time.Second // for a connection of a pool whose connections are all busy
-	dialTimeout      = 2 * time.Second  // for TCP alone; Neon's proxy accepts it while the compute is suspended
-	connectTimeout   = 10 * time.Second // for each address: TCP, TLS and authentication
+	acquireTimeout   = 10 * time.Second // to wait for a connection while all are busy
+	dialTimeout      = 2 * time.Second  // TCP only; Neon's proxy accepts it while the compute resumes
+	connectTimeout   = 10 * time.Second // TCP, TLS and authentication, for each address
 	idleBeforePing   = time.Second      // a connection that was idle for longer is pinged before use
 	pingTimeout      = time.Second      // for that ping
 	closeTimeout     = time.Second      // for an unresponsive server to close a connection
-	statementTimeout = 30 * time.Second // on the server; the request's deadline comes first
+	statementTimeout = 30 * time.Second // on the server; the request's deadline ends earlier
 	slowStatement    = time.Second      // a statement that takes longer is logged at WARNING
 
-	outageAfter    = 15 * time.Second // of failed attempts to connect; from then on it is a long outage
+	outageAfter    = 15 * time.Second // of failed attempts to connect until the outage is a long one
 	outageWait     = 3 * time.Second  // in a long outage, from the start of a request to its 503
-	outageInterval = time.Second      // in a long outage, between attempts to connect
-	outageForget   = 5 * time.Minute  // without attempts; the failures before say nothing about now
+	outageInterval = time.Second      // in a long outage, between two attempts to connect
+	outageForget   = 5 * time.Minute  // without attempts, until earlier failures no longer count
 )
 
-// poolConfig reads DATABASE_URL, a Neon connection string, pooled or direct. The string may be
-// shared with other programs: ignored tells in words which parameters this service does not use,
-// "" for none. No error contains any part of the string.
+// poolConfig reads DATABASE_URL, a connection string of Neon's pooled or direct host. Other
+// programs may use the same string: ignored is a sentence that names the parameters this service
+// does not use, "" for none. No error contains any part of the string.
 func poolConfig(databaseURL string) (config *pgxpool.Config, ignored string, err error) {
 	databaseURL = strings.TrimSpace(databaseURL)
 	if databaseURL == "" {
@@ -52,13 +52,16 @@ func poolConfig(databaseURL string) (config *pgxpool.Config, ignored string, err
 			"set it to the postgres:// connection string that the Neon console shows")
 	}
 	if strings.ContainsAny(databaseURL[:1]+databaseURL[len(databaseURL)-1:], "\"'`") {
-		return nil, "", errors.New("DATABASE_URL begins or ends with a quotation mark: remove the quotes")
+		return nil, "", errors.New("DATABASE_URL begins or ends with a quotation mark: " +
+			"remove the quotes")
 	}
-	malformed := errors.New("DATABASE_URL must be like postgresql://user:password@host/database?sslmode=require, " +
+	malformed := errors.New("DATABASE_URL must be like " +
+		"postgresql://user:password@host/database?sslmode=require, " +
 		"with any @, /, ?, % or space in the password percent-encoded")
-	// A password that is not percent-encoded could end up in the host or the database name, which
-	// later errors contain.
-	wellFormed := regexp.MustCompile(`^postgres(ql)?://([^@/?\s]*@)?[^@/?\s]+(/[^@/?\s]*)?(\?[^@\s]*)?$`)
+	// pgx would read a part of a password that is not percent-encoded as the host or the database
+	// name, which later errors contain.
+	wellFormed := regexp.MustCompile(
+		`^postgres(ql)?://([^@/?\s]*@)?[^@/?\s]+(/[^@/?\s]*)?(\?[^@\s]*)?$`)
 	if !wellFormed.MatchString(databaseURL) {
 		return nil, "", malformed
 	}
@@ -67,10 +70,10 @@ func poolConfig(databaseURL string) (config *pgxpool.Config, ignored string, err
 	if err != nil {
 		return nil, "", err
 	}
-	// Unless a later sslmode says otherwise: pgx's default is "prefer", which allows plaintext.
+	// pgx uses the last sslmode. Its default is "prefer", which allows plaintext.
 	params = append([]string{"sslmode=require"}, params...)
 	if config, err = pgxpool.ParseConfig(base + "?" + strings.Join(params, "&")); err != nil {
-		return nil, "", malformed // not pgx's reason, which may contain parts of the string
+		return nil, "", malformed // pgx's error may contain parts of the string
 	}
 	if err := secure(config.ConnConfig); err != nil {
 		return nil, "", err
@@ -79,14 +82,15 @@ func poolConfig(databaseURL string) (config *pgxpool.Config, ignored string, err
 	return config, ignored, nil
 }
 
-// Parameters of connection strings, by what this service does with them.
+// The parameters of connection strings.
 var (
-	// What pgx reads for the connection, and options, to which the service appends.
+	// These are passed to pgx. beforeConnect appends to options.
 	keptParams = strings.Fields(`host port database dbname user password passfile service servicefile
 		connect_timeout sslmode sslkey sslcert sslcertmode sslrootcert sslpassword sslsni sslnegotiation
 		channel_binding require_auth target_session_attrs krbspn krbsrvname min_protocol_version
 		max_protocol_version options`)
-	// What other programs read. Only these names are safe to log: any other may be a piece of a password.
+	// These are for other programs, or are this service's own decision. Only these names are safe to
+	// log, because any other name may be a part of a password.
 	foreignParams = strings.Fields(`application_name default_query_exec_mode statement_cache_capacity
 		description_cache_capacity pool_min_conns pool_min_idle_conns pool_max_conn_lifetime
 		pool_max_conn_lifetime_jitter pool_max_conn_idle_time pool_health_check_period pool_ping_timeout
@@ -101,9 +105,9 @@ var (
 		search_path statement_timeout timezone TimeZone transaction_timeout work_mem`)
 )
 
-// readParams sorts the query of a connection string into the parameters that pgx gets, as they are
-// written, and the size of the pool. It drops those that PostgreSQL would reject or Neon's proxy
-// would drop, and names them in ignored.
+// readParams reads the query of a connection string. It returns the parameters for pgx, as they are
+// written, and the size of the pool. It drops all others, which PostgreSQL would reject and Neon's
+// proxy would drop, and names them in ignored.
 func readParams(query string) (kept []string, maxConns int32, ignored string, err error) {
 	maxConns = defaultMaxConns
 	var dropped []string
@@ -116,7 +120,8 @@ func readParams(query string) (kept []string, maxConns int32, ignored string, er
 		case name == "pool_max_conns":
 			n, err := strconv.ParseUint(value, 10, 31)
 			if err != nil || n < 1 || n > limitMaxConns {
-				return nil, 0, "", fmt.Errorf("DATABASE_URL: pool_max_conns must be a number from 1 to %d", limitMaxConns)
+				return nil, 0, "", fmt.Errorf(
+					"DATABASE_URL: pool_max_conns must be a number from 1 to %d", limitMaxConns)
 			}
 			maxConns = int32(n)
 		case slices.Contains(keptParams, name):
@@ -131,23 +136,25 @@ func readParams(query string) (kept []string, maxConns int32, ignored string, er
 		dropped = append(dropped, fmt.Sprintf("%d unknown", unknown))
 	}
 	if dropped != nil {
-		ignored = "DATABASE_URL: parameters that this service does not use are ignored: " + strings.Join(dropped, ", ")
+		ignored = "DATABASE_URL: parameters that this service does not use are ignored: " +
+			strings.Join(dropped, ", ")
 	}
 	return kept, maxConns, ignored, nil
 }
 
-// secure requires TLS on any host but this one. On Neon it also verifies the certificate, although
-// the console's strings contain sslmode=require: that mode accepts any certificate, in libpq too.
+// secure requires TLS for all hosts but the local one. For Neon's hosts it also verifies the
+// certificate: the console's strings contain sslmode=require, which accepts any certificate.
 func secure(conn *pgx.ConnConfig) error {
-	hosts := append([]*pgconn.FallbackConfig{{Host: conn.Host, Port: conn.Port, TLSConfig: conn.TLSConfig}}, conn.Fallbacks...)
-	for _, h := range hosts {
+	first := &pgconn.FallbackConfig{Host: conn.Host, Port: conn.Port, TLSConfig: conn.TLSConfig}
+	for _, h := range append([]*pgconn.FallbackConfig{first}, conn.Fallbacks...) {
 		network, _ := pgconn.NetworkAddress(h.Host, h.Port)
-		local := network == "unix" || strings.EqualFold(h.Host, "localhost") || net.ParseIP(h.Host).IsLoopback()
-		neon := strings.HasSuffix(strings.ToLower(strings.TrimSuffix(h.Host, ".")), ".neon.tech")
+		host := strings.ToLower(strings.TrimSuffix(h.Host, "."))
+		local := network == "unix" || host == "localhost" || net.ParseIP(host).IsLoopback()
+		neon := strings.HasSuffix(host, ".neon.tech")
 		switch {
 		case h.TLSConfig == nil && !local:
-			return errors.New("DATABASE_URL: its sslmode allows an unencrypted connection over the network; " +
-				"use sslmode=require or verify-full")
+			return errors.New("DATABASE_URL: its sslmode allows an unencrypted connection over " +
+				"the network; use sslmode=require or verify-full")
 		case h.TLSConfig != nil && h.TLSConfig.InsecureSkipVerify && neon:
 			h.TLSConfig.InsecureSkipVerify = false
 			h.TLSConfig.VerifyPeerCertificate = nil
@@ -157,7 +164,7 @@ func secure(conn *pgx.ConnConfig) error {
 	return nil
 }
 
-// configure sets what the connection string does not decide.
+// configure sets what the connection string does not determine.
 func configure(config *pgxpool.Config, maxConns int32) {
 	conn := config.ConnConfig
 	conn.DefaultQueryExecMode = pgx.QueryExecModeExec // tryQuery prepares the statements of requests
@@ -171,16 +178,16 @@ func configure(config *pgxpool.Config, maxConns int32) {
 		if err != nil {
 			return nil, err
 		}
-		// pgx also dials to cancel a statement, for up to 15 s (asyncClose), which would keep the
-		// statement's slot in the pool. A dial for a new connection has at most connectTimeout
-		// left. TestSilentPeerFreesItsSlots fails if pgx changes this.
+		// pgx also dials to send a cancel request (asyncClose). It does so with a deadline of 15 s,
+		// while the statement's connection occupies a pool slot. A dial for a new connection has at
+		// most connectTimeout left. TestSilentPeerFreesItsSlots fails if pgx changes this.
 		if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) > connectTimeout {
 			c.SetDeadline(time.Now().Add(closeTimeout))
 		}
 		return fastCloseConn{c}, nil
 	}
-	// No connection is kept open by a minimum, and none is replaced while idle: each new session
-	// restarts the five minutes after which Neon suspends the compute.
+	// No minimum keeps connections open: each new session restarts the five minutes of idle time
+	// after which Neon suspends the compute.
 	config.MaxConns, config.MinConns, config.MinIdleConns = maxConns, 0, 0
 	config.MaxConnLifetime, config.MaxConnLifetimeJitter = 5*time.Minute, 30*time.Second
 	config.MaxConnIdleTime, config.HealthCheckPeriod = 2*time.Minute, time.Minute
@@ -200,32 +207,32 @@ func (c fastCloseConn) SetDeadline(t time.Time) error {
 	return c.Conn.SetDeadline(t)
 }
 
-// A database is a pool of connections to Neon and the schema in it. It opens the first connection
-// when the first one is needed.
+// A database is a pool of connections and the schema. It connects when the first connection is
+// needed.
 type database struct {
 	pool   *pgxpool.Pool
 	log    *slog.Logger
 	steps  []step         // of schema.sql
 	redact *regexp.Regexp // matches the parts of DATABASE_URL
 	ready  chan struct{}  // closed once the schema is in place
-	failed chan error     // receives why the service cannot go on: the schema disappeared
-	pooler atomic.Bool    // the host is a pooler, which rejects the options parameter
+	failed chan error     // receives an error if the schema disappears: the service must exit
 
-	unprepared atomic.Bool // statements are not prepared anymore: see stopPreparing
+	pooler     atomic.Bool // the host is a pooler, which rejects the options parameter
+	unprepared atomic.Bool // statements are no longer prepared: see stopPreparing
 
 	statements    atomic.Int64 // that have ended
-	statementTime atomic.Int64 // nanoseconds that they took
+	statementTime atomic.Int64 // their total duration in nanoseconds
 
-	mu           sync.Mutex // guards what follows
-	failures     int        // attempts to connect that failed since the last success
+	mu           sync.Mutex // guards the fields below, up to lastReset
+	failures     int        // failed attempts to connect since the last success
 	firstFailure time.Time  // end of the first of them
-	lastFailure  time.Time  // end of the last
+	lastFailure  time.Time  // end of the last of them
 	lastAttempt  time.Time  // start of the last attempt to connect
 	lastReset    time.Time  // of the pool, because of a read-only session
 
-	checking chan struct{} // holds one token, which guards what follows: see check
-	checked  time.Time
-	verdict  error
+	checking   chan struct{} // a mutex with a timeout, which guards the fields below: see check
+	checked    time.Time     // when check last ran its statement
+	checkError error         // its result
 }
 
 func newDatabase(config *pgxpool.Config, log *slog.Logger) (*database, error) {
@@ -245,7 +252,7 @@ func newDatabase(config *pgxpool.Config, log *slog.Logger) (*database, error) {
 	return d, err
 }
 
-// urlParts matches what an error of pgx or of the server may contain of DATABASE_URL.
+// urlParts matches the parts of DATABASE_URL that an error of pgx or of the server may contain.
 func urlParts(conn *pgx.ConnConfig) *regexp.Regexp {
 	values := []string{conn.Password, conn.User, conn.Database, conn.Host}
 	for _, f := range conn.Fallbacks {
@@ -260,21 +267,21 @@ func urlParts(conn *pgx.ConnConfig) *regexp.Regexp {
 	return regexp.MustCompile(`(^|\W)(` + strings.Join(patterns, "|") + `)(\W|$)`)
 }
 
-// beforeConnect prepares an attempt to connect. It backs off here and not in acquire because a
-// pending connection occupies a pool slot: no matter how many requests are waiting, the attempts
-// are spaced.
+// beforeConnect prepares an attempt to connect. The backoff is here rather than in acquire, because
+// a pending connection occupies a pool slot: the number of waiting requests does not matter.
 func (d *database) beforeConnect(ctx context.Context, conn *pgx.ConnConfig) error {
 	for !d.mayConnect() {
 		if !sleep(ctx, 10*time.Millisecond+rand.N(20*time.Millisecond)) {
 			return ctx.Err()
 		}
 	}
-	// The formats in which values are sent and received. A pooler takes them as parameters; for
-	// other hosts they are in options, because Neon's proxy drops plain parameters.
+	// A pooler accepts the formats as parameters and rejects options. Neon's proxy on a direct host
+	// drops such parameters and passes options on.
 	if d.pooler.Load() {
 		conn.RuntimeParams["client_encoding"], conn.RuntimeParams["datestyle"] = "UTF8", "ISO"
 	} else {
-		conn.RuntimeParams["options"] += fmt.Sprintf(" -c statement_timeout=%d -c client_encoding=UTF8 -c datestyle=ISO",
+		conn.RuntimeParams["options"] += fmt.Sprintf(
+			" -c statement_timeout=%d -c client_encoding=UTF8 -c datestyle=ISO",
 			statementTimeout.Milliseconds())
 	}
 	return nil
@@ -296,18 +303,21 @@ func (d *database) mayConnect() bool {
 	return true
 }
 
-// TraceConnectStart does nothing; TraceConnectEnd needs it.
-func (d *database) TraceConnectStart(ctx context.Context, _ pgx.TraceConnectStartData) context.Context {
+// TraceConnectStart is there only because pgx requires it next to TraceConnectEnd.
+func (d *database) TraceConnectStart(
+	ctx context.Context, _ pgx.TraceConnectStartData,
+) context.Context {
 	return ctx
 }
 
-// TraceConnectEnd counts failed attempts to connect, also those that no request waits for anymore.
+// TraceConnectEnd counts failed attempts to connect. pgx calls it also for an attempt whose request
+// has ended in the meantime.
 func (d *database) TraceConnectEnd(_ context.Context, data pgx.TraceConnectEndData) {
 	if data.Err == nil {
 		return // afterConnect decides
 	}
 	if strings.Contains(data.Err.Error(), "unsupported startup parameter") && !d.pooler.Swap(true) {
-		return // a pooler without -pooler in its name: the next attempt is without options
+		return // a pooler without -pooler in its name; the next attempt omits options
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -331,21 +341,24 @@ func (d *database) afterConnect(_ context.Context, conn *pgx.Conn) error {
 		{"DateStyle", "ISO", "ALTER ROLE … RESET datestyle, and the same for the database"},
 	} {
 		if got := conn.PgConn().ParameterStatus(p.name); got != "" && !strings.HasPrefix(got, p.want) {
-			return permanentError(fmt.Sprintf("DATABASE_URL: the database has %s %q, but the service requires %s: %s",
-				p.name, got, p.want, p.remedy))
+			return permanentError(fmt.Sprintf("DATABASE_URL: the database has %s %q, "+
+				"but the service requires %s: %s", p.name, got, p.want, p.remedy))
 		}
 	}
 	return nil
 }
 
-// outage reports whether this is a long outage: every attempt to connect has failed for outageAfter.
+// outage reports whether there is a long outage: all attempts to connect have failed for
+// outageAfter.
 func (d *database) outage() bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.failures > 0 && time.Since(d.firstFailure) >= outageAfter && time.Since(d.lastFailure) <= outageForget
+	long := d.failures > 0 && time.Since(d.firstFailure) >= outageAfter
+	return long && time.Since(d.lastFailure) <= outageForget
 }
 
-// answers reports whether the database answers: it has a connection, and connecting does not fail.
+// answers reports whether the database answers: the pool has a connection, and the last attempt to
+// connect has not failed.
 func (d *database) answers() bool {
 	d.mu.Lock()
 	failing := d.failures > 0
@@ -354,17 +367,20 @@ func (d *database) answers() bool {
 	return !failing && pool.AcquiredConns()+pool.IdleConns() > 0
 }
 
-// limitInOutage returns a context that in a long outage ends outageWait after the request's start.
+// limitInOutage returns a context that, in a long outage, ends outageWait after the request's
+// start.
 func (d *database) limitInOutage(ctx context.Context) (context.Context, context.CancelFunc) {
 	if !d.outage() {
 		return ctx, func() {}
 	}
-	return context.WithDeadlineCause(ctx, requestStart(ctx).Add(outageWait), errors.New("long outage"))
+	deadline := traceOf(ctx).start.Add(outageWait)
+	return context.WithDeadlineCause(ctx, deadline, errors.New("long outage"))
 }
 
-// shouldPing pings a connection that was idle, before pgxpool does. Where that fails, the other
-// idle connections are broken too, and the pool closes them all: otherwise a request could spend
-// pingTimeout on each. On true pgxpool pings once more, fails and takes another connection.
+// shouldPing pings an idle connection itself, because one broken connection means that the other
+// idle ones are broken too: the pool closes them all. Otherwise a request could wait pingTimeout
+// for each of them. When it returns true, pgxpool pings too, which fails, and tries another
+// connection.
 func (d *database) shouldPing(ctx context.Context, p pgxpool.ShouldPingParams) bool {
 	if p.IdleDuration < idleBeforePing {
 		return false
@@ -380,14 +396,14 @@ func (d *database) shouldPing(ctx context.Context, p pgxpool.ShouldPingParams) b
 	return true
 }
 
-// A permanentError is a state of the database that no retry changes. It is one line for the
-// operator.
+// A permanentError is a state of the database that a retry does not change. Its text is one line
+// for the operator.
 type permanentError string
 
 func (e permanentError) Error() string { return string(e) }
 
-// A retryPolicy tells whether a statement may be sent again after its connection broke, when it is
-// not known whether it ran.
+// A retryPolicy tells whether a statement may be sent again after its connection broke, which
+// leaves unknown whether the statement ran.
 type retryPolicy bool
 
 const (
@@ -395,15 +411,21 @@ const (
 	noRetry retryPolicy = false // any other change
 )
 
-// query runs one statement, in one round trip, and returns its rows. It returns errUnavailable if
-// the database was not reached, had no capacity, gave up or did not answer; then the statement may
-// have run. Any other error is a fault of the statement.
+// query runs one statement and returns its rows. That takes one round trip, or two if the
+// connection has not prepared the statement yet.
+//
+// query returns errUnavailable if the database was not reached, had no capacity, canceled the
+// statement or did not answer; the statement may have run. Any other error is a fault of the
+// statement.
 //
 // The statement is sent again, within ctx, after an error that guarantees that nothing happened,
-// and once, if policy allows it, after its connection broke. What counts as broken is that pgx has
-// closed the connection. Two obvious signals are unusable: pgconn.SafeToRetry is true for some
-// statements that ran (pgx 5.9 to 5.12), and Neon's proxy reports its own failures as XX000.
-func query[T any](ctx context.Context, d *database, policy retryPolicy, scan pgx.RowToFunc[T], sql string, args ...any) ([]T, error) {
+// and once, if policy allows it, after its connection broke. A connection counts as broken if pgx
+// has closed it. Two obvious signals are unusable: pgconn.SafeToRetry is true for some statements
+// that ran (pgx 5.9 to 5.12), and Neon's proxy reports its own failures as XX000.
+func query[T any](
+	ctx context.Context, d *database, policy retryPolicy,
+	scan pgx.RowToFunc[T], sql string, args ...any,
+) ([]T, error) {
 	trace, start := traceOf(ctx), time.Now()
 	defer addSince(&trace.total, start)
 	readyCtx, cancel := d.limitInOutage(ctx)
@@ -428,7 +450,7 @@ func query[T any](ctx context.Context, d *database, policy retryPolicy, scan pgx
 		switch {
 		case ctx.Err() != nil:
 		case broken:
-			d.pool.Reset() // a restart closes the other connections too, one by one
+			d.pool.Reset() // after a restart the other connections are broken too
 			again = bool(policy) && !resent
 			resent = true
 		case mode == pgx.QueryExecModeCacheStatement && preparingFailed(code):
@@ -440,7 +462,8 @@ func query[T any](ctx context.Context, d *database, policy retryPolicy, scan pgx
 			d.resetReadOnly()
 			again = !resent
 			resent = true
-		case slices.Contains([]string{"42P01", "42703", "42P10", "3F000"}, code): // undefined table, column, …
+		case slices.Contains([]string{"42P01", "42703", "42P10", "3F000"}, code):
+			// The table, a column, an index or the schema is undefined.
 			if d.schemaLost(ctx) {
 				return nil, fmt.Errorf("%w: %w", errUnavailable, err)
 			}
@@ -455,9 +478,12 @@ func query[T any](ctx context.Context, d *database, policy retryPolicy, scan pgx
 	}
 }
 
-// queryRow is query for a statement that returns one row, or none. None is errNotFound: the task does
-// not exist or belongs to another user.
-func queryRow[T any](ctx context.Context, d *database, policy retryPolicy, scan pgx.RowToFunc[T], sql string, args ...any) (row T, err error) {
+// queryRow is query for a statement that returns at most one row. If there is none it returns
+// errNotFound: the id does not exist or belongs to another user.
+func queryRow[T any](
+	ctx context.Context, d *database, policy retryPolicy,
+	scan pgx.RowToFunc[T], sql string, args ...any,
+) (row T, err error) {
 	rows, err := query(ctx, d, policy, scan, sql, args...)
 	switch {
 	case err != nil:
@@ -474,7 +500,8 @@ func queryRow[T any](ctx context.Context, d *database, policy retryPolicy, scan 
 // The text begins with the number of the schema's last step. A pooler shares prepared statements
 // among releases, so a release whose step changes a column's type must not get an older plan.
 func tryQuery[T any](
-	ctx context.Context, d *database, mode pgx.QueryExecMode, scan pgx.RowToFunc[T], sql string, args ...any,
+	ctx context.Context, d *database, mode pgx.QueryExecMode,
+	scan pgx.RowToFunc[T], sql string, args ...any,
 ) (rows []T, broken bool, err error) {
 	conn, err := d.acquire(ctx)
 	if err != nil {
@@ -508,9 +535,9 @@ func (d *database) stopPreparing(ctx context.Context, err error) {
 // errConnection means that there is no connection to the database.
 var errConnection = errors.New("no connection")
 
-// acquire returns a connection of the pool, or errConnection. An attempt to connect that fails is
-// followed by another until ctx is done, because nothing has been sent yet and the compute may be
-// resuming. The wait is shorter if all connections are busy, and in a long outage.
+// acquire returns a connection of the pool, or errConnection. After a failed attempt to connect it
+// tries again until ctx is done, because no statement has been sent and the compute may be
+// resuming. It waits at most acquireTimeout if all connections are busy, and less in a long outage.
 func (d *database) acquire(ctx context.Context) (*pgxpool.Conn, error) {
 	defer addSince(&traceOf(ctx).waiting, time.Now())
 	ctx, stop := d.limitInOutage(ctx)
@@ -539,8 +566,8 @@ func (d *database) acquire(ctx context.Context) (*pgxpool.Conn, error) {
 	}
 }
 
-// A dbTrace is what the log says about a request's use of the database. It belongs to the request's
-// goroutine.
+// A dbTrace is what the log contains about a request's use of the database. Only the goroutine of
+// the request uses it.
 type dbTrace struct {
 	start   time.Time     // of the request
 	total   time.Duration // spent on the database
@@ -549,7 +576,7 @@ type dbTrace struct {
 
 type dbTraceKey struct{}
 
-// withTrace returns a context for the work of a request that starts now.
+// withTrace returns a context for a request that starts now.
 func withTrace(ctx context.Context) (context.Context, *dbTrace) {
 	t := &dbTrace{start: time.Now()}
 	return context.WithValue(ctx, dbTraceKey{}, t), t
@@ -563,10 +590,7 @@ func traceOf(ctx context.Context) *dbTrace {
 	return &dbTrace{start: time.Now()}
 }
 
-// requestStart returns when the request of ctx began, or now if ctx belongs to no request.
-func requestStart(ctx context.Context) time.Time { return traceOf(ctx).start }
-
-// addSince adds the time since start to a sum.
+// addSince adds the time since start to sum.
 func addSince(sum *time.Duration, start time.Time) { *sum += time.Since(start) }
 
 // reason describes a failed attempt to connect, in one line and without any part of DATABASE_URL.
@@ -575,7 +599,7 @@ func (d *database) reason(err error) string {
 		err = e.Unwrap()
 	}
 	text := strings.ReplaceAll(err.Error(), "\n", "; ")
-	for range 2 { // a match may end where the next one begins
+	for range 2 { // two matches may share the character between them
 		text = d.redact.ReplaceAllString(text, "$1…$3")
 	}
 	return text
@@ -592,9 +616,9 @@ func (d *database) resetReadOnly() {
 	}
 }
 
-// backoff sleeps before the next try: 25 ms after the first one, doubling up to half a second, with
-// jitter so that clients of the same database do not try again in step. It reports whether ctx is
-// still running.
+// backoff sleeps before the next try: 25 ms after the first one, doubling up to half a second. The
+// jitter keeps clients of the same database from trying again at the same time. backoff returns
+// false if ctx ended first.
 func backoff(ctx context.Context, tries int) bool {
 	delay := backoffDelay(tries)
 	return sleep(ctx, delay/2+rand.N(delay/2))
@@ -604,7 +628,7 @@ func backoffDelay(tries int) time.Duration {
 	return min(25*time.Millisecond<<min(max(tries-1, 0), 5), 500*time.Millisecond)
 }
 
-// sleep reports whether ctx is still running after that time.
+// sleep returns true after that time, or false if ctx ended first.
 func sleep(ctx context.Context, t time.Duration) bool {
 	select {
 	case <-time.After(t):
@@ -622,35 +646,37 @@ func sqlState(err error) string {
 	return ""
 }
 
-// transient reports whether err describes the state of the database and not a fault in a statement
-// or its arguments.
+// transient reports whether err describes the state of the database rather than a fault in a
+// statement or its arguments.
 func transient(err error) bool {
 	if errors.Is(err, errConnection) {
 		return true
 	}
-	// PostgreSQL's Appendix A: connection, invalid transaction state (read-only), rollback,
-	// resources, object not in prerequisite state (lock timeout), operator intervention (statement
-	// timeout), system error, internal error.
+	// The classes of SQLSTATE (PostgreSQL's Appendix A): connection, invalid transaction state
+	// (read-only), rollback, resources, object not in prerequisite state (lock timeout), operator
+	// intervention (statement timeout), system error, internal error.
 	classes := []string{"08", "25", "40", "53", "55", "57", "58", "XX"}
 	code := sqlState(err)
-	return slices.ContainsFunc(classes, func(class string) bool { return strings.HasPrefix(code, class) })
+	return len(code) == 5 && slices.Contains(classes, code[:2])
 }
 
 type queryTraceKey struct{}
 
-// A queryTrace is a statement that is running.
+// A queryTrace is a running statement.
 type queryTrace struct {
 	sql   string
 	start time.Time
 }
 
-// TraceQueryStart remembers when a statement began.
-func (d *database) TraceQueryStart(ctx context.Context, _ *pgx.Conn, data pgx.TraceQueryStartData) context.Context {
+// TraceQueryStart records when a statement began.
+func (d *database) TraceQueryStart(
+	ctx context.Context, _ *pgx.Conn, data pgx.TraceQueryStartData,
+) context.Context {
 	return context.WithValue(ctx, queryTraceKey{}, queryTrace{data.SQL, time.Now()})
 }
 
-// TraceQueryEnd logs a statement at DEBUG, and at WARNING if it was slow: its SQL, never its
-// arguments.
+// TraceQueryEnd logs a statement at DEBUG, and at WARNING if it was slow: with its SQL, never with
+// its arguments.
 func (d *database) TraceQueryEnd(ctx context.Context, _ *pgx.Conn, data pgx.TraceQueryEndData) {
 	q := ctx.Value(queryTraceKey{}).(queryTrace)
 	took, level, message := time.Since(q.start), slog.LevelDebug, "statement"
@@ -674,15 +700,15 @@ func (d *database) TraceQueryEnd(ctx context.Context, _ *pgx.Conn, data pgx.Trac
 }
 
 const (
-	schemaLock      = 7_236_045              // arbitrary; the advisory lock of instances that apply steps
-	lockTimeout     = 200 * time.Millisecond // a waiting step delays the requests that come after it
+	schemaLock      = 7_236_045              // arbitrary; the advisory lock around a step
+	lockTimeout     = 200 * time.Millisecond // while a step waits for a lock, requests wait behind it
 	lockInterval    = 2 * time.Second        // between two tries to get a lock
-	startupTimeout  = 30 * time.Second       // to reach the database, at start
-	inspectTimeout  = 10 * time.Second       // for the answer of the catalog
-	readinessMaxAge = time.Second            // of the answer of /health/ready
+	startupTimeout  = 30 * time.Second       // to reach the database at start
+	inspectTimeout  = 10 * time.Second       // to read the catalog
+	readinessMaxAge = time.Second            // of the result that /health/ready reports
 )
 
-// schema is a list of steps. The table's comment tells how many of them a database has.
+// schema is a list of steps. The table's comment contains how many of them a database has.
 //
 //go:embed schema.sql
 var schema string
@@ -714,7 +740,8 @@ func parseSteps(text string) ([]step, error) {
 }
 
 // start brings the schema up to date and then lets the waiting statements run. It returns an error
-// if the database was not reachable for startupTimeout, rejects a step, or needs a person.
+// if the database is unreachable for startupTimeout or rejects a step, and a permanentError if an
+// operator must act.
 func (d *database) start(ctx context.Context) error {
 	deadline := time.Now().Add(startupTimeout)
 	for try := 1; ; try++ {
@@ -729,10 +756,10 @@ func (d *database) start(ctx context.Context) error {
 		case ok:
 			return permanent
 		case ctx.Err() != nil:
-			return fmt.Errorf("stopped before the schema was in place: %w", err)
+			return fmt.Errorf("shutdown before the schema was in place: %w", err)
 		case locked:
 			d.log.Warn("waiting for a lock", "reason", err.Error())
-			deadline, try = time.Now().Add(startupTimeout), 1 // the database was reached
+			deadline, try = time.Now().Add(startupTimeout), 1 // the database is reachable
 			sleep(ctx, lockInterval)
 		case !transient(err) || time.Now().After(deadline):
 			return err
@@ -768,9 +795,9 @@ func (d *database) migrate(ctx context.Context, deadline time.Time) (err error) 
 		switch {
 		case err != nil || n == 0:
 			return err
-		case n == last: // step 1, for an index that it does not create
+		case n == last: // step 1 did not create a missing index, because its name is taken
 			return permanentError("the table public.tasks has no " + state.missingIndex() +
-				": create it, or rename the index of another table that has its name; see docs/moving.md")
+				": create it, or rename the other index that has its name; see docs/moving.md")
 		}
 		if err := d.applyStep(ctx, conn, n); err != nil {
 			return err
@@ -779,16 +806,17 @@ func (d *database) migrate(ctx context.Context, deadline time.Time) (err error) 
 	}
 }
 
-// applyStep applies a step in a transaction of its own, unless another instance has done it.
+// applyStep applies a step in a separate transaction, unless another instance has applied it.
 func (d *database) applyStep(ctx context.Context, conn *pgxpool.Conn, n int) error {
 	s := d.steps[n-1]
 	name := fmt.Sprintf("schema.sql, step %d (%s)", n, s.title)
 	holder := "another instance that applies the schema"
-	// The isolation level matters: a snapshot from before the lock would not show what its holder did.
+	// A snapshot from before the lock, as other isolation levels have, would not contain the changes
+	// of the lock's previous holder.
 	options := pgx.TxOptions{IsoLevel: pgx.ReadCommitted, AccessMode: pgx.ReadWrite}
 	err := pgx.BeginTxFunc(ctx, conn, options, func(tx pgx.Tx) error {
-		// Without arguments pgx sends the whole text at once. The lock belongs to the transaction,
-		// because a pooler would keep a session's lock after the session.
+		// Without arguments pgx sends several statements in one text. The lock belongs to the
+		// transaction, because behind a pooler a session's lock would outlive the session.
 		_, err := tx.Exec(ctx, fmt.Sprintf(`
 			SET LOCAL lock_timeout = %d;
 			SET LOCAL statement_timeout = 0;
@@ -806,8 +834,8 @@ func (d *database) applyStep(ctx context.Context, conn *pgxpool.Conn, n int) err
 		}
 		holder = ""
 		d.log.Info("applying "+name, "schema_step", n)
-		_, err = tx.Exec(ctx, fmt.Sprintf("%s\n;\nCOMMENT ON TABLE public.tasks IS 'todo-app schema step %d'",
-			s.sql, max(n, state.applied())))
+		_, err = tx.Exec(ctx, fmt.Sprintf("%s\n;\n"+
+			"COMMENT ON TABLE public.tasks IS 'todo-app schema step %d'", s.sql, max(n, state.applied())))
 		return err
 	})
 	switch code := sqlState(err); {
@@ -816,8 +844,8 @@ func (d *database) applyStep(ctx context.Context, conn *pgxpool.Conn, n int) err
 			holder = lockHolder(ctx, conn)
 		}
 		return fmt.Errorf("%s: %w held by %s", name, errLocked, holder)
-	case strings.HasPrefix(code, "22"): // data exception: the server's message may contain a title
-		return fmt.Errorf("%s: a row does not fit (SQLSTATE %s)", name, code)
+	case strings.HasPrefix(code, "22"): // data exception; the server's message may contain a title
+		return fmt.Errorf("%s: a row violates it (SQLSTATE %s)", name, code)
 	case err != nil:
 		return fmt.Errorf("%s: %w", name, err)
 	}
@@ -827,8 +855,9 @@ func (d *database) applyStep(ctx context.Context, conn *pgxpool.Conn, n int) err
 // lockHolder describes the session with the oldest transaction that uses the table.
 func lockHolder(ctx context.Context, conn *pgxpool.Conn) (text string) {
 	err := conn.QueryRow(ctx, `
-		SELECT format('process %s (%s, %s, in a transaction for %s s)', a.pid, COALESCE(a.application_name, '?'),
-		           COALESCE(a.state, '?'), COALESCE(extract(epoch FROM clock_timestamp() - a.xact_start)::int, 0))
+		SELECT format('process %s (%s, %s, in a transaction for %s s)',
+		           a.pid, COALESCE(a.application_name, '?'), COALESCE(a.state, '?'),
+		           COALESCE(extract(epoch FROM clock_timestamp() - a.xact_start)::int, 0))
 		FROM pg_catalog.pg_locks l
 		JOIN pg_catalog.pg_stat_activity a USING (pid)
 		JOIN pg_catalog.pg_class c ON c.oid = l.relation AND c.relname = 'tasks'
@@ -847,12 +876,13 @@ type schemaState struct {
 	Kind     *string // pg_class.relkind, "r" for a table; nil if there is none
 	Comment  *string
 	Columns  []string
-	Indexes  []string // such as "unique (user_id, id)", valid ones only
-	ReadOnly bool     // the session
+	Indexes  []string // valid ones, each described as in neededIndexes
+	ReadOnly bool     // the session rejects writes
 }
 
-// inspect reads the catalog's rows in one round trip and without a lock. Functions such as
-// to_regclass would read a cache that can be stale, and pg_get_expr could wait for the table's lock.
+// inspect reads the catalog's rows in one round trip and without a lock on the table. Functions
+// such as to_regclass read a cache that can be stale, and pg_get_expr can wait for the table's
+// lock.
 func inspect(ctx context.Context, on interface {
 	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
 }) (schemaState, error) {
@@ -865,11 +895,13 @@ func inspect(ctx context.Context, on interface {
 		             FROM pg_catalog.pg_attribute a
 		             WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped),
 		       ARRAY(SELECT CASE WHEN i.indisunique THEN 'unique ' ELSE '' END
-		                 || '(' || string_agg(COALESCE(a.attname, 'expression'), ', ' ORDER BY k.position) || ')'
-		                 || CASE WHEN i.indpred IS NULL THEN '' ELSE ' WHERE' END
+		                 || '('
+		                 || string_agg(COALESCE(a.attname, 'expression'), ', ' ORDER BY k.position)
+		                 || ')' || CASE WHEN i.indpred IS NULL THEN '' ELSE ' WHERE' END
 		             FROM pg_catalog.pg_index i
 		             CROSS JOIN unnest(i.indkey::int2[]) WITH ORDINALITY AS k (attnum, position)
-		             LEFT JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
+		             LEFT JOIN pg_catalog.pg_attribute a
+		                    ON a.attrelid = i.indrelid AND a.attnum = k.attnum
 		             WHERE i.indrelid = c.oid AND i.indisvalid AND k.position <= i.indnkeyatts
 		             GROUP BY i.indexrelid, i.indisunique, i.indpred IS NULL),
 		       current_setting('transaction_read_only')::boolean
@@ -889,17 +921,21 @@ func inspect(ctx context.Context, on interface {
 	return state, err
 }
 
-// What the statements of this binary need. CREATE TABLE makes the first index, and a later run of
-// step 1 makes the others again if they are missing.
+// The columns and indexes that the statements of this binary need. The first index belongs to
+// CREATE TABLE; step 1, applied again, creates the others if they are missing.
 var (
 	neededColumns = strings.Split(columns+", idempotency_key, request_hash", ", ")
-	neededIndexes = []string{"unique (user_id, id)", "(user_id, completed, id)", "unique (user_id, idempotency_key) WHERE"}
+	neededIndexes = []string{
+		"unique (user_id, id)",
+		"(user_id, completed, id)",
+		"unique (user_id, idempotency_key) WHERE",
+	}
 )
 
-// ourComment is the comment on a table of this service. Builds before the steps wrote a hash.
+// ourComment matches the comment on a table of this service. Builds before the steps wrote a hash.
 var ourComment = regexp.MustCompile(`^todo-app schema (?:step ([1-9][0-9]{0,5})|[0-9a-f]{64})$`)
 
-// applied returns how many steps the table has, 0 if there is no table or it is not ours.
+// applied returns how many steps the table has, 0 if there is no table or it is not this service's.
 func (s schemaState) applied() int {
 	if s.Comment == nil {
 		return 0
@@ -908,19 +944,19 @@ func (s schemaState) applied() int {
 	if match == nil {
 		return 0
 	}
-	n, _ := strconv.Atoi(cmp.Or(match[1], "1")) // a hash: what is now step 1
+	n, _ := strconv.Atoi(cmp.Or(match[1], "1")) // a hash stands for step 1
 	return n
 }
 
-// next returns the number of the step that must be applied next, 0 if there is none. Its error is a
-// permanentError: the table is not ours, or lacks a column.
+// next returns the number of the step that must be applied next, 0 if there is none. It returns a
+// permanentError if the table is not this service's or lacks a column.
 func (s schemaState) next(steps int) (int, error) {
 	switch applied := s.applied(); {
 	case s.Kind == nil:
 		return 1, nil
 	case applied == 0:
-		return 0, permanentError("public.tasks exists but was not created by this service, which leaves it " +
-			"untouched: rename it, or move its rows as docs/moving.md describes")
+		return 0, permanentError("public.tasks exists but was not created by this service, " +
+			"which leaves it untouched: rename it, or move its rows as docs/moving.md describes")
 	case applied < steps:
 		return applied + 1, nil
 	}
@@ -936,7 +972,8 @@ func (s schemaState) next(steps int) (int, error) {
 	return 0, nil
 }
 
-// missingIndex describes an index that the statements need and the table does not have, or returns "".
+// missingIndex describes an index that the statements need and the table lacks, "" if there is
+// none.
 func (s schemaState) missingIndex() string {
 	for _, index := range neededIndexes {
 		if !slices.Contains(s.Indexes, index) {
@@ -946,7 +983,7 @@ func (s schemaState) missingIndex() string {
 	return ""
 }
 
-// verify returns nil if the schema is in place, and a permanentError if it is not. It costs one
+// verify returns nil if the schema is in place, and a permanentError if it is not. It takes one
 // round trip.
 func (d *database) verify(ctx context.Context) (state schemaState, err error) {
 	conn, err := d.acquire(ctx)
@@ -959,14 +996,15 @@ func (d *database) verify(ctx context.Context) (state schemaState, err error) {
 	}
 	n, err := state.next(len(d.steps))
 	if err == nil && n != 0 {
-		err = permanentError("the schema of the database is missing or incomplete: was it dropped or restored? " +
-			"The next start applies what is missing")
+		err = permanentError("the schema of the database is missing or incomplete: " +
+			"was it dropped or restored? The next start applies what is missing")
 	}
 	return state, err
 }
 
-// schemaLost reports, after a statement found something undefined, whether the schema is gone. Then
-// it also ends the service: the next start repairs the schema or tells what is wrong.
+// schemaLost reports, after a statement found something undefined, whether the schema has
+// disappeared. In that case it also ends the service, because the next start repairs the schema or
+// logs what an operator must do.
 func (d *database) schemaLost(ctx context.Context) bool {
 	_, err := d.verify(ctx)
 	lost, ok := errors.AsType[permanentError](err)
@@ -979,8 +1017,8 @@ func (d *database) schemaLost(ctx context.Context) bool {
 	return ok
 }
 
-// check returns nil if the database can serve: the schema is in place and writes are accepted.
-// All callers share one round trip a second.
+// check returns nil if the schema is in place and the database accepts writes. It runs at most one
+// statement per readinessMaxAge; all callers share its result.
 func (d *database) check(ctx context.Context) error {
 	select {
 	case d.checking <- struct{}{}:
@@ -995,10 +1033,10 @@ func (d *database) check(ctx context.Context) error {
 			d.resetReadOnly()
 			err = errors.New("the database is read-only")
 		}
-		d.checked, d.verdict = time.Now(), err
+		d.checked, d.checkError = time.Now(), err
 	}
-	if d.verdict != nil {
-		return fmt.Errorf("%w: %w", errUnavailable, d.verdict)
+	if d.checkError != nil {
+		return fmt.Errorf("%w: %w", errUnavailable, d.checkError)
 	}
 	return nil
 }

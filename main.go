@@ -1,17 +1,17 @@
-// Todo-app is a small multi-user task API on serverless Postgres. A Next.js front end with Better Auth
-// signs users in and sends HS256 tokens. This service verifies them and stores each user's tasks in
-// Neon.
+// Todo-app is a small multi-user task API on serverless Postgres. A Next.js front end with Better
+// Auth signs users in and sends HS256 tokens. This service verifies the tokens and stores each
+// user's tasks in Neon.
 //
 // A request takes this path:
 //
-//	server.ServeHTTP  headers that all responses have, CORS     main.go
-//	server.handle     deadline, panics, errors, log, metrics    main.go
-//	server.forUser    token, user, task id, the user's turn     main.go, auth.go
-//	createTask etc.   body or query in, task out                tasks.go
-//	database.insert   SQL                                       tasks.go
-//	query             connection, retries                       db.go
+//	server.ServeHTTP  headers of every response, CORS         main.go
+//	server.handle     deadline, panics, errors, log, metrics  main.go
+//	server.forUser    token, user, task id, the user's turn   main.go, auth.go
+//	createTask etc.   reads the body or query, writes a task  tasks.go
+//	database.insert   SQL                                     tasks.go
+//	query             connection, retries                     db.go
 //
-// An error returns the same way. writeError turns it into a response.
+// An error is returned along the same path. writeError turns it into a response.
 package main
 
 import (
@@ -46,29 +46,29 @@ import (
 
 const (
 	// A response begins at most 19 s after the first byte of its request: headerTimeout plus
-	// requestTimeout. writeTimeout leaves a second to send it.
+	// requestTimeout. writeTimeout starts at the end of the header and leaves a second to send it.
 	headerTimeout  = 4 * time.Second
 	requestTimeout = 15 * time.Second
-	readTimeout    = 10 * time.Second       // header and body
-	writeTimeout   = 16 * time.Second       // from the end of the header to the last byte of the response
+	writeTimeout   = 16 * time.Second
+	readTimeout    = 10 * time.Second       // to read the header and the body
 	idleTimeout    = 2 * time.Minute        // between two requests of a connection
-	readyTimeout   = 3 * time.Second        // of /health/ready
-	discardTimeout = 100 * time.Millisecond // for a body that nobody reads
-	turnTimeout    = 5 * time.Second        // for a turn, while the database answers: then a 429
+	readyTimeout   = 3 * time.Second        // for /health/ready
+	discardTimeout = 100 * time.Millisecond // for a body that the service does not read
+	turnTimeout    = 5 * time.Second        // to wait for a turn while the database answers
 
 	maxHeader = 16<<10 - 4<<10 // bytes; net/http adds 4 KiB
 	maxBody   = 64 << 10       // bytes; four times the largest valid task
 	maxLogged = 4 << 10        // bytes of an error or a statement in the log
 
-	// Cloud Run kills the process 10 s after SIGTERM. From the signal:
-	graceTime   = time.Second             // new requests are accepted
-	settleTime  = 200 * time.Millisecond  // for established connections to be accepted, and their requests to be read
-	cancelAfter = 7 * time.Second         // database work is canceled
-	closeAfter  = 8 * time.Second         // connections are closed
-	exitAfter   = 8500 * time.Millisecond // the process exits, even if the pool has not closed
+	// Shutdown. Cloud Run kills the process 10 s after SIGTERM.
+	graceTime   = time.Second             // requests are still accepted
+	settleTime  = 200 * time.Millisecond  // to accept the last connections, and to read from them
+	cancelAfter = 7 * time.Second         // from the signal until database work is canceled
+	closeAfter  = 8 * time.Second         // from the signal until connections are closed
+	exitAfter   = 8500 * time.Millisecond // from the signal until the process exits in any case
 
-	// Defaults of GOGC and GOMEMLIMIT. The live heap is about 4 MB, and a list costs a quarter less
-	// processor time than with Go's 100. Fly.io's smallest machine has 256 MB.
+	// The defaults of GOGC and GOMEMLIMIT. The live heap is about 4 MB, so a list costs a quarter
+	// less processor time than with Go's default of 100. Fly.io's smallest machine has 256 MB.
 	gcPercent   = 300
 	memoryLimit = 100 << 20 // bytes
 )
@@ -98,19 +98,35 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 		return serve(ctx, getenv, stdout)
 	case len(args) == 1 && args[0] == "migrate":
 		return migrate(ctx, getenv, stdout)
-	case len(args) == 2 && args[0] == "token":
-		return printToken(args[1], getenv, stdout)
+	case len(args) >= 2 && args[0] == "token":
+		return printToken(args[1], args[2:], getenv, stdout)
 	}
 	return errors.New("usage: todo-app serves; todo-app migrate applies the schema; " +
-		"todo-app token USER_ID prints a token that is valid for an hour")
+		"todo-app token USER_ID [CLAIM=VALUE ...] prints a token that is valid for an hour")
 }
 
-func printToken(user string, getenv func(string) string, stdout io.Writer) error {
+// printToken prints a token for user. Each of claims is NAME=VALUE, where VALUE is JSON, or else
+// the text itself.
+func printToken(
+	user string, claims []string, getenv func(string) string, stdout io.Writer,
+) error {
 	auth, err := readAuthSettings(getenv)
 	if err != nil {
 		return err
 	}
-	token, err := auth.sign(user)
+	extra := map[string]any{}
+	for _, claim := range claims {
+		name, text, ok := strings.Cut(claim, "=")
+		if !ok || name == "" {
+			return errors.New("a claim must be NAME=VALUE, for example role=admin")
+		}
+		var value any
+		if json.Unmarshal([]byte(text), &value) != nil {
+			value = text
+		}
+		extra[name] = value
+	}
+	token, err := auth.sign(user, extra)
 	if err == nil {
 		_, err = fmt.Fprintln(stdout, token)
 	}
@@ -225,11 +241,12 @@ func corsOrigins(list string) ([]string, error) {
 		parts := form.FindStringSubmatch(origin)
 		switch {
 		case parts == nil:
-			return nil, errors.New("CORS_ORIGINS must list origins such as https://app.example.com, separated by commas: " +
-				"lower case, no *, no path, no slash at the end")
+			return nil, errors.New("CORS_ORIGINS must list origins such as " +
+				"https://app.example.com, separated by commas: lower case, no *, no path, " +
+				"no slash at the end")
 		case parts[1] == "https" && parts[3] == ":443" || parts[1] == "http" && parts[3] == ":80":
-			return nil, fmt.Errorf("CORS_ORIGINS: browsers send an origin without the default port, so %s never matches: remove %s",
-				origin, parts[3])
+			return nil, fmt.Errorf("CORS_ORIGINS: browsers send an origin without the default "+
+				"port, so %s never matches: remove %s", origin, parts[3])
 		}
 	}
 	return origins, nil
@@ -251,8 +268,11 @@ type server struct {
 	stopping atomic.Bool     // responses close their connections
 }
 
-func newServer(auth *authenticator, db *database, log *slog.Logger, origins []string, project string) *server {
-	s := &server{auth: auth, db: db, log: log, origins: origins, project: project, mux: http.NewServeMux()}
+func newServer(
+	auth *authenticator, db *database, log *slog.Logger, origins []string, project string,
+) *server {
+	s := &server{auth: auth, db: db, log: log, origins: origins, project: project}
+	s.mux = http.NewServeMux()
 	s.turns.limit = max(1, int(db.pool.Config().MaxConns)/3)
 	s.work, s.cancel = context.WithCancel(context.Background())
 	for pattern, e := range s.routes() {
@@ -279,14 +299,15 @@ func (s *server) routes() map[string]endpoint {
 	}
 }
 
-// usedHeaders are the request headers that the service and net/http read after a request was parsed.
+// usedHeaders are the headers that the service and net/http read from a parsed request.
 var usedHeaders = []string{
-	"Access-Control-Request-Headers", "Authorization", "Connection", "Content-Encoding", "Content-Type",
-	"Idempotency-Key", "If-Match", "If-None-Match", "Origin", "Traceparent", "X-Cloud-Trace-Context", "X-Request-Id",
+	"Access-Control-Request-Headers", "Authorization", "Connection", "Content-Encoding",
+	"Content-Type", "Idempotency-Key", "If-Match", "If-None-Match", "Origin", "Traceparent",
+	"X-Cloud-Trace-Context", "X-Request-Id",
 }
 
-// ServeHTTP sets the headers that all responses have. It drops the request headers that nobody
-// reads: thousands of short ones would occupy a megabyte while the request waits.
+// ServeHTTP sets the headers of every response. It drops all request headers but usedHeaders,
+// because thousands of short ones would occupy a megabyte while the request waits.
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	used := http.Header{}
 	for _, name := range usedHeaders {
@@ -311,16 +332,17 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.mux.ServeHTTP(w, r)
 }
 
-// saneID matches a client's request id that may be repeated in the log and in the response.
+// saneID matches an X-Request-Id that the log and the response may repeat.
 var saneID = regexp.MustCompile(`^[0-9A-Za-z._:/+=-]{1,128}$`)
 
 // An endpoint either writes the response or returns an error, never both.
 //
 // ctx ends at the request's deadline, not when the client disconnects: the statement may commit
-// anyway, and canceling it would cost a database connection.
+// anyway, and canceling it closes its database connection. pgx's CancelRequestContextWatcherHandler
+// would keep the connection, but a cancel request that arrives late can cancel the next statement.
 type endpoint func(ctx context.Context, w http.ResponseWriter, r *http.Request) error
 
-// handle makes an endpoint the handler of a route. What all routes have in common happens here: the
+// handle makes an endpoint the handler of a route. It does what all routes have in common: the
 // deadline, the response to an error or a panic, the log line and the metrics.
 func (s *server) handle(e endpoint) http.HandlerFunc {
 	return func(rw http.ResponseWriter, r *http.Request) {
@@ -330,9 +352,9 @@ func (s *server) handle(e endpoint) http.HandlerFunc {
 		w := &response{ResponseWriter: rw}
 		err := recovered(e)(ctx, w, r)
 		if r.Body != http.NoBody {
-			// Nobody will read the rest of the body, but net/http would wait for it up to readTimeout.
-			// What is already on its way may arrive: closing earlier could reset the connection before
-			// the client has read the response.
+			// The rest of the body is not read, but net/http would wait for it up to readTimeout.
+			// A part that was already sent may arrive: closing the connection at once could reset
+			// it before the client has read the response.
 			http.NewResponseController(rw).SetReadDeadline(time.Now().Add(discardTimeout))
 		}
 		if err != nil && w.status == 0 {
@@ -354,7 +376,7 @@ func recovered(e endpoint) endpoint {
 	}
 }
 
-// A response remembers what the log contains about it.
+// A response records what the log contains about it.
 type response struct {
 	http.ResponseWriter
 	status int // 0 until the header is written
@@ -375,9 +397,11 @@ func (w *response) Write(p []byte) (int, error) {
 // Unwrap is for http.ResponseController.
 func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
-// forUser makes an endpoint of one that serves the verified user of the path, when it is that user's
-// turn.
-func (s *server) forUser(e func(context.Context, http.ResponseWriter, *http.Request, taskKey) error) endpoint {
+// A userEndpoint is an endpoint that serves the verified user of the path.
+type userEndpoint func(context.Context, http.ResponseWriter, *http.Request, taskKey) error
+
+// forUser makes an endpoint that verifies the user, waits for the user's turn and calls e.
+func (s *server) forUser(e userEndpoint) endpoint {
 	return func(ctx context.Context, w http.ResponseWriter, r *http.Request) error {
 		user, err := s.auth.user(r)
 		if err != nil {
@@ -403,21 +427,24 @@ func (s *server) forUser(e func(context.Context, http.ResponseWriter, *http.Requ
 	}
 }
 
-// turns limits how many requests of one user are in progress, so that no user takes all connections.
+// turns limits how many requests of one user are in progress, so that no user occupies all
+// connections.
 type turns struct {
 	limit int // requests in progress per user
 	mu    sync.Mutex
-	users map[string]*userTurns // users with a request in progress or waiting
+	users map[string]*userTurns // of users with requests in progress or waiting
 }
 
 type userTurns struct {
-	progress chan struct{} // holds a token for each request in progress
+	progress chan struct{} // holds a value for each request in progress
 	requests int           // in progress or waiting
 }
 
-// take waits until fewer than limit requests of the user are in progress. The caller must call done.
-// After turnTimeout it returns errTooMany. Time without a database does not count: it ends in
-// errUnavailable, as for a request that waits for a connection.
+// take waits until fewer than limit requests of the user are in progress. The caller must call
+// done at the end of the request.
+//
+// take returns errTooMany after turnTimeout, and errUnavailable when ctx is done. Only time in
+// which the database answers counts toward turnTimeout.
 func (t *turns) take(ctx context.Context, db *database, user string) (done func(), err error) {
 	t.mu.Lock()
 	u := t.users[user]
@@ -490,7 +517,7 @@ func (s *server) noRoute(_ context.Context, w http.ResponseWriter, r *http.Reque
 	return errMethod
 }
 
-// An apiError is an error with a text for the client. What wraps it is for the log.
+// An apiError is an error with a text for the client. Errors that wrap it add text for the log.
 type apiError struct {
 	status int
 	detail string
@@ -500,33 +527,40 @@ func (e apiError) Error() string { return e.detail }
 
 // The errors of the API, except validation errors, which invalid makes.
 var (
-	errBadJSON     = apiError{400, "The request body must be one JSON object in valid UTF-8."}
-	errCutBody     = apiError{400, "The request body is malformed or shorter than its Content-Length."}
-	errNoToken     = apiError{401, "Send an access token: Authorization: Bearer <token>."}
-	errBadToken    = apiError{401, "The access token is invalid or has expired. Get a new one."}
-	errOtherUser   = apiError{403, "The access token is for another user than the one in the path."}
-	errNoPath      = apiError{404, "There is no such path."}
-	errNotFound    = apiError{404, "Not found: there is nothing with this id, or it belongs to another user."}
-	errMethod      = apiError{405, "This path does not accept this method. The Allow header lists those that it accepts."}
-	errSlowBody    = apiError{408, "The request body did not arrive in time."}
-	errChanged     = apiError{412, "The version in If-Match is not the current one. Get the current version and decide again."}
-	errLargeBody   = apiError{413, fmt.Sprintf("The request body must not exceed %d bytes.", maxBody)}
-	errNotJSON     = apiError{415, "The request body must be JSON. Send Content-Type: application/json."}
-	errEncoded     = apiError{415, "The request body must not be compressed. Send it without Content-Encoding."}
-	errKeyReused   = apiError{422, "This Idempotency-Key was used with another body. Use a new key for a new request."}
-	errTooMany     = apiError{429, "Too many of your requests are in progress. Try again shortly; nothing was changed."}
+	errBadJSON   = apiError{400, "The request body must be one JSON object in valid UTF-8."}
+	errCutBody   = apiError{400, "The request body is malformed or shorter than its Content-Length."}
+	errNoToken   = apiError{401, "Send an access token: Authorization: Bearer <token>."}
+	errBadToken  = apiError{401, "The access token is invalid or has expired. Get a new one."}
+	errOtherUser = apiError{403, "The access token is for another user than the one in the path."}
+	errNoPath    = apiError{404, "There is no such path."}
+	errNotFound  = apiError{404, "Not found: this id does not exist or belongs to another user."}
+	errMethod    = apiError{405, "This path does not accept this method. " +
+		"The Allow header lists those that it accepts."}
+	errSlowBody = apiError{408, "The request body did not arrive in time."}
+	errChanged  = apiError{412, "The version in If-Match is not the current one. " +
+		"Get the current version and decide again."}
+	errLargeBody = apiError{413, fmt.Sprintf("The request body must not exceed %d bytes.", maxBody)}
+	errNotJSON   = apiError{415, "The request body must be JSON. " +
+		"Send Content-Type: application/json."}
+	errEncoded = apiError{415, "The request body must not be compressed. " +
+		"Send it without Content-Encoding."}
+	errKeyReused = apiError{422, "This Idempotency-Key was used with another body. " +
+		"Use a new key for a new request."}
+	errTooMany = apiError{429, "Too many of your requests are in progress. " +
+		"Try again shortly; nothing was changed."}
 	errInternal    = apiError{500, "Internal error. Report it with the X-Request-Id of this response."}
-	errUnavailable = apiError{503, "The database is unavailable or did not answer in time. Try again shortly. " +
-		"A change may or may not have been made; with the same Idempotency-Key or If-Match it is safe to repeat."}
+	errUnavailable = apiError{503, "The database is unavailable or did not answer in time. " +
+		"Try again shortly. A change may or may not have been made; " +
+		"with the same Idempotency-Key or If-Match it is safe to repeat."}
 )
 
-// invalid returns the error for a value that breaks a rule. The text names both.
+// invalid returns the error for a value that breaks a rule. The text must name both.
 func invalid(format string, args ...any) error {
 	return apiError{422, fmt.Sprintf(format, args...)}
 }
 
-// writeError is the one place where an error becomes a response. An error that is no apiError is a
-// bug of the service.
+// writeError is the one place where an error becomes a response. An error that is not an apiError
+// is a bug of the service.
 func writeError(w http.ResponseWriter, err error) {
 	e, ok := errors.AsType[apiError](err)
 	if !ok {
@@ -547,7 +581,7 @@ func writeError(w http.ResponseWriter, err error) {
 	writeJSON(w, e.status, map[string]string{"detail": e.detail})
 }
 
-// writeJSON writes v. It returns an error only for a type that JSON does not have.
+// writeJSON writes v. It returns an error only for a type that JSON cannot represent.
 func writeJSON(w http.ResponseWriter, status int, v any) error {
 	var body bytes.Buffer
 	if err := json.NewEncoder(&body).Encode(v); err != nil {
@@ -557,7 +591,7 @@ func writeJSON(w http.ResponseWriter, status int, v any) error {
 	return nil
 }
 
-// write writes a whole response. If it fails, the client has disconnected.
+// write writes a whole response. A failed Write is ignored: the client has disconnected.
 func write(w http.ResponseWriter, status int, contentType string, body []byte) {
 	w.Header().Set("Content-Type", contentType)
 	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
@@ -565,9 +599,11 @@ func write(w http.ResponseWriter, status int, contentType string, body []byte) {
 	w.Write(body)
 }
 
-// readObject returns the members of the JSON object in a request's body, nil if the body is empty. It
-// stops waiting for the body when ctx is done.
-func readObject(ctx context.Context, w http.ResponseWriter, r *http.Request) (map[string]json.RawMessage, error) {
+// readObject returns the members of the JSON object in a request's body, nil if the body is empty.
+// It stops waiting for the body when ctx is done.
+func readObject(
+	ctx context.Context, w http.ResponseWriter, r *http.Request,
+) (map[string]json.RawMessage, error) {
 	if r.ContentLength > maxBody {
 		return nil, errLargeBody
 	}
@@ -575,19 +611,20 @@ func readObject(ctx context.Context, w http.ResponseWriter, r *http.Request) (ma
 	defer context.AfterFunc(ctx, stopReading)()
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
 	_, tooLarge := errors.AsType[*http.MaxBytesError](err)
-	switch { // in the order of the contract: 413, 415, then 408 or 400
+	encoding := cmp.Or(strings.TrimSpace(r.Header.Get("Content-Encoding")), "identity")
+	switch { // in the documented order of checks: 413, 415, then 408 or 400
 	case tooLarge:
 		return nil, errLargeBody
 	case len(body) > 0 && !isJSON(r.Header.Get("Content-Type")):
 		return nil, errNotJSON
-	case len(body) > 0 && !strings.EqualFold(cmp.Or(strings.TrimSpace(r.Header.Get("Content-Encoding")), "identity"), "identity"):
+	case len(body) > 0 && !strings.EqualFold(encoding, "identity"):
 		return nil, errEncoded
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return nil, fmt.Errorf("%w: %w", errSlowBody, err)
 	case err != nil:
 		return nil, fmt.Errorf("%w: %w", errCutBody, err)
 	}
-	r.Body = http.NoBody // all of it was read: see handle
+	r.Body = http.NoBody // tells handle that the whole body was read
 	if len(body) == 0 {
 		return nil, nil
 	}
@@ -618,7 +655,7 @@ func parseObject(body []byte) (map[string]json.RawMessage, error) {
 }
 
 // hasLoneSurrogate reports whether a \u escape in valid JSON is half of a surrogate pair, which is
-// no character (RFC 8259, section 8.2).
+// not a character (RFC 8259, section 8.2).
 func hasLoneSurrogate(text []byte) bool {
 	codeUnit := func(hex []byte) rune {
 		n, _ := strconv.ParseUint(string(hex), 16, 16)
@@ -638,7 +675,10 @@ func hasLoneSurrogate(text []byte) bool {
 		if !utf16.IsSurrogate(first) {
 			continue
 		}
-		if !bytes.HasPrefix(text, []byte(`\u`)) || utf16.DecodeRune(first, codeUnit(text[2:6])) == utf8.RuneError {
+		if !bytes.HasPrefix(text, []byte(`\u`)) {
+			return true
+		}
+		if utf16.DecodeRune(first, codeUnit(text[2:6])) == utf8.RuneError {
 			return true
 		}
 		text = text[6:]
@@ -659,10 +699,11 @@ func document(contentType string, content []byte) endpoint {
 	}
 }
 
-// docsPolicy allows docs.html its two files of Swagger UI, its own script, by its hash, and calls to
-// this API.
+// docsPolicy allows docs.html the script and style sheet of Swagger UI, its own script (by its
+// hash), and calls to this API.
 const docsPolicy = "default-src 'none'; " +
-	"script-src https://cdn.jsdelivr.net/npm/swagger-ui-dist@5.35.0/ 'sha256-yXh1OrGy64wi+FamPYbkEUpk/8ci6RvuqFDyHak2/Ms='; " +
+	"script-src https://cdn.jsdelivr.net/npm/swagger-ui-dist@5.35.0/ " +
+	"'sha256-yXh1OrGy64wi+FamPYbkEUpk/8ci6RvuqFDyHak2/Ms='; " +
 	"style-src https://cdn.jsdelivr.net/npm/swagger-ui-dist@5.35.0/; " +
 	"img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
@@ -674,8 +715,8 @@ func (s *server) docs(_ context.Context, w http.ResponseWriter, _ *http.Request)
 	return nil
 }
 
-// live answers as long as the process does. It does not use the database: a platform checks it every
-// 30 s, and Neon would never suspend.
+// live reports that the process is up. It does not use the database: platforms poll it every few
+// seconds, and Neon would never suspend.
 func (s *server) live(_ context.Context, w http.ResponseWriter, _ *http.Request) error {
 	return writeJSON(w, http.StatusOK, map[string]string{"status": "alive"})
 }
@@ -690,8 +731,9 @@ func (s *server) ready(ctx context.Context, w http.ResponseWriter, _ *http.Reque
 	return writeJSON(w, http.StatusOK, map[string]string{"status": "ready"})
 }
 
-// setCORS allows a listed origin to read the response. It logs another one, because its page only
-// shows "Failed to fetch". A page of this host, such as /docs, needs no permission.
+// setCORS allows a listed origin to read the response. It logs an origin that is not listed,
+// because the page shows only "Failed to fetch". A page of this host, such as /docs, needs no
+// permission.
 func (s *server) setCORS(w http.ResponseWriter, r *http.Request) {
 	if len(s.origins) == 0 {
 		return
@@ -708,15 +750,17 @@ func (s *server) setCORS(w http.ResponseWriter, r *http.Request) {
 	}
 	h.Set("Access-Control-Allow-Origin", origin)
 	h.Set("Access-Control-Allow-Credentials", "true")
-	h.Set("Access-Control-Expose-Headers", "ETag, Link, Location, X-Total-Count, X-Request-Id, Retry-After, "+
-		"Idempotency-Replayed, WWW-Authenticate")
+	h.Set("Access-Control-Expose-Headers", "ETag, Link, Location, X-Total-Count, X-Request-Id, "+
+		"Retry-After, Idempotency-Replayed, WWW-Authenticate")
 }
 
 // preflight answers an OPTIONS request of a listed origin. It allows the headers that the API reads
-// and those that the page requests: tracing libraries add their own to every request.
+// and those that the page requests, because tracing libraries add their own to every request.
 func preflight(w http.ResponseWriter, r *http.Request) {
-	allowed := []string{"Authorization", "Content-Type", "If-Match", "If-None-Match", "Idempotency-Key", "X-Request-Id"}
-	for name := range strings.SplitSeq(strings.Join(r.Header["Access-Control-Request-Headers"], ","), ",") {
+	allowed := []string{"Authorization", "Content-Type", "If-Match", "If-None-Match",
+		"Idempotency-Key", "X-Request-Id"}
+	requested := strings.Join(r.Header["Access-Control-Request-Headers"], ",")
+	for name := range strings.SplitSeq(requested, ",") {
 		name = strings.TrimSpace(name)
 		known := func(a string) bool { return strings.EqualFold(a, name) }
 		if token.MatchString(name) && !slices.ContainsFunc(allowed, known) {
@@ -778,7 +822,7 @@ func (s *server) record(w *response, r *http.Request, trace *dbTrace, err error)
 	if err != nil {
 		attrs = append(attrs, slog.String("error", truncate(err.Error(), maxLogged)))
 	}
-	// The trace id of Cloud Run's header, or of W3C Trace Context.
+	// The trace id is in Cloud Run's header, or in that of W3C Trace Context.
 	traces := r.Header.Get("X-Cloud-Trace-Context") + " " + r.Header.Get("Traceparent")
 	if id := traceID.FindString(traces); id != "" {
 		if s.project != "" {
@@ -791,7 +835,7 @@ func (s *server) record(w *response, r *http.Request, trace *dbTrace, err error)
 
 var traceID = regexp.MustCompile(`\b[0-9a-fA-F]{32}\b`)
 
-// truncate returns the first n bytes of text, less what would be part of a character.
+// truncate returns the first n bytes of text, without a character that was cut.
 func truncate(text string, n int) string {
 	if len(text) <= n {
 		return text
@@ -841,58 +885,74 @@ func (m *metrics) observe(route, method string, status int, took time.Duration) 
 
 // write writes the request metrics in Prometheus' text format.
 func (m *metrics) write(w io.Writer) {
-	const duration = "todo_http_request_duration_seconds"
+	const total, duration = "todo_http_requests_total", "todo_http_request_duration_seconds"
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	fmt.Fprint(w, "# HELP todo_http_requests_total Requests by route, method and status.\n# TYPE todo_http_requests_total counter\n")
+	writeHead(w, total, "counter", "Requests by route, method and status.")
 	for series, n := range m.requests {
-		fmt.Fprintf(w, "todo_http_requests_total{route=%q,method=%q,status=\"%d\"} %d\n", series.route, series.method, series.status, n)
+		fmt.Fprintf(w, "%s{route=%q,method=%q,status=\"%d\"} %d\n",
+			total, series.route, series.method, series.status, n)
 	}
-	fmt.Fprintf(w, "# HELP %[1]s Time from the end of the request's header to its response.\n# TYPE %[1]s histogram\n", duration)
+	writeHead(w, duration, "histogram", "Time from the end of the request's header to its response.")
 	for series, h := range m.times {
-		labels, total := fmt.Sprintf("route=%q,method=%q", series.route, series.method), 0
+		labels := fmt.Sprintf("route=%q,method=%q", series.route, series.method)
+		count := 0
 		for i, n := range h.counts {
-			total += n
+			count += n
 			bound := "+Inf"
 			if i < len(buckets) {
 				bound = strconv.FormatFloat(buckets[i], 'g', -1, 64)
 			}
-			fmt.Fprintf(w, "%s_bucket{%s,le=%q} %d\n", duration, labels, bound, total)
+			fmt.Fprintf(w, "%s_bucket{%s,le=%q} %d\n", duration, labels, bound, count)
 		}
-		fmt.Fprintf(w, "%s_sum{%s} %g\n%s_count{%s} %d\n", duration, labels, h.sum.Seconds(), duration, labels, total)
+		fmt.Fprintf(w, "%s_sum{%s} %g\n", duration, labels, h.sum.Seconds())
+		fmt.Fprintf(w, "%s_count{%s} %d\n", duration, labels, count)
 	}
 }
 
-// serveMetrics answers in Prometheus' text format, from what the process itself knows.
+// writeHead writes the lines that introduce a metric.
+func writeHead(w io.Writer, name, kind, help string) {
+	fmt.Fprintf(w, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)
+}
+
+// serveMetrics writes Prometheus' text format. It reads counters of the process and runs no query.
 func (s *server) serveMetrics(w http.ResponseWriter, _ *http.Request) {
 	var text bytes.Buffer
 	s.metrics.write(&text)
-	pool := s.db.pool.Stat()
+	db, pool := s.db, s.db.pool.Stat()
 	var memory runtime.MemStats
 	runtime.ReadMemStats(&memory)
 	for _, m := range []struct {
 		name, kind, help string
-		value            float64
+		value            any // a number
 	}{
-		{"todo_db_statements_total", "counter", "Statements sent to the database.", float64(s.db.statements.Load())},
+		{"todo_db_statements_total", "counter", "Statements sent to the database.",
+			db.statements.Load()},
 		{"todo_db_statement_seconds_total", "counter", "Time from sending a statement to its last row.",
-			time.Duration(s.db.statementTime.Load()).Seconds()},
-		{"todo_db_connections_acquired", "gauge", "Connections in use.", float64(pool.AcquiredConns())},
-		{"todo_db_connections_idle", "gauge", "Connections not in use.", float64(pool.IdleConns())},
-		{"todo_db_connections_open", "gauge", "Connections, including those being established.", float64(pool.TotalConns())},
-		{"todo_db_connections_max", "gauge", "Maximum size of the pool.", float64(pool.MaxConns())},
-		{"todo_db_connections_new_total", "counter", "Attempts to connect.", float64(pool.NewConnsCount())},
-		{"todo_db_acquires_total", "counter", "Acquires that returned a connection.", float64(pool.AcquireCount())},
-		{"todo_db_acquire_waits_total", "counter", "Acquires that waited for a connection to be released or established.",
-			float64(pool.EmptyAcquireCount())},
-		{"todo_db_acquire_wait_seconds_total", "counter", "Time that those acquires waited.", pool.EmptyAcquireWaitTime().Seconds()},
-		{"todo_db_acquires_canceled_total", "counter", "Acquires canceled before a connection was available.",
-			float64(pool.CanceledAcquireCount())},
-		{"go_goroutines", "gauge", "Number of goroutines that currently exist.", float64(runtime.NumGoroutine())},
-		{"go_memstats_heap_alloc_bytes", "gauge", "Number of heap bytes allocated and still in use.", float64(memory.HeapAlloc)},
-		{"go_memstats_sys_bytes", "gauge", "Number of bytes obtained from system.", float64(memory.Sys)},
+			time.Duration(db.statementTime.Load()).Seconds()},
+		{"todo_db_connections_acquired", "gauge", "Connections in use.", pool.AcquiredConns()},
+		{"todo_db_connections_idle", "gauge", "Connections not in use.", pool.IdleConns()},
+		{"todo_db_connections_open", "gauge", "Connections, including those being established.",
+			pool.TotalConns()},
+		{"todo_db_connections_max", "gauge", "Maximum size of the pool.", pool.MaxConns()},
+		{"todo_db_connections_new_total", "counter", "Attempts to connect.", pool.NewConnsCount()},
+		{"todo_db_acquires_total", "counter", "Acquires that returned a connection.",
+			pool.AcquireCount()},
+		{"todo_db_acquire_waits_total", "counter",
+			"Acquires that waited for a connection to be released or established.",
+			pool.EmptyAcquireCount()},
+		{"todo_db_acquire_wait_seconds_total", "counter", "Time that those acquires waited.",
+			pool.EmptyAcquireWaitTime().Seconds()},
+		{"todo_db_acquires_canceled_total", "counter",
+			"Acquires canceled before a connection was available.", pool.CanceledAcquireCount()},
+		{"go_goroutines", "gauge", "Number of goroutines that currently exist.",
+			runtime.NumGoroutine()},
+		{"go_memstats_heap_alloc_bytes", "gauge", "Number of heap bytes allocated and still in use.",
+			memory.HeapAlloc},
+		{"go_memstats_sys_bytes", "gauge", "Number of bytes obtained from system.", memory.Sys},
 	} {
-		fmt.Fprintf(&text, "# HELP %s %s\n# TYPE %s %s\n%s %g\n", m.name, m.help, m.name, m.kind, m.name, m.value)
+		writeHead(&text, m.name, m.kind, m.help)
+		fmt.Fprintln(&text, m.name, m.value)
 	}
 	write(w, http.StatusOK, "text/plain; version=0.0.4; charset=utf-8", text.Bytes())
 }

@@ -123,7 +123,7 @@ func newClientOf(t testing.TB, service, user string) *client {
 // authorization returns the header of a request of that user.
 func authorization(t testing.TB, user string) string {
 	t.Helper()
-	token, err := sharedAuth.sign(user)
+	token, err := sharedAuth.sign(user, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -36,7 +36,7 @@ type taskKey struct {
 	id   int64
 }
 
-// A task as clients see it. The fields are in the order of columns.
+// A task is what clients get. The fields are in the order of columns.
 type task struct {
 	ID          int64     `json:"id"`
 	UserID      string    `json:"user_id"`
@@ -44,13 +44,13 @@ type task struct {
 	Description *string   `json:"description"`
 	Completed   bool      `json:"completed"`
 	CreatedAt   timestamp `json:"created_at"`
-	UpdatedAt   timestamp `json:"updated_at"` // increases with every change: the task's version
+	UpdatedAt   timestamp `json:"updated_at"` // increases with every change: it is the version
 }
 
 const columns = `id, user_id, title, description, completed, created_at, updated_at`
 
-// A timestamp is a time in UTC. As text it always has six fractional digits, PostgreSQL's precision,
-// so that sorting the texts sorts the times.
+// A timestamp is a time whose text is in UTC and always has six fractional digits, PostgreSQL's
+// precision, so that sorting the texts sorts the times.
 type timestamp time.Time
 
 const timestampFormat = "2006-01-02T15:04:05.000000Z" // RFC 3339
@@ -71,8 +71,8 @@ func (t timestamp) MarshalText() ([]byte, error) {
 	return time.Time(t).UTC().AppendFormat(nil, timestampFormat), nil
 }
 
-// etag returns the task's entity-tag: its version in quotes. No two versions of a task have the same
-// microsecond.
+// etag returns the task's entity-tag: its version in quotes. No two versions of a task have the
+// same updated_at.
 func (t task) etag() string { return `"` + t.UpdatedAt.String() + `"` }
 
 // entityTag matches the first element of a list of entity-tags (RFC 9110, section 8.8.3). A comma
@@ -82,11 +82,11 @@ var entityTag = regexp.MustCompile(`^(?:W/)?"([^"\x00-\x20\x7f]*)"[ \t]*(?:,|$)`
 // A tagList is the value of If-Match or If-None-Match.
 type tagList struct {
 	any      bool        // the value is *
-	versions []time.Time // of the tags that are ours; another tag matches no version
+	versions []time.Time // of the tags of this service; another tag matches no version
 }
 
-// tags reads a header, nil if the request does not have it. A proxy that compresses responses
-// rewrites their tags, W/"…" or "…-gzip": the version is the same.
+// tags reads a header of that name, nil if the request does not have it. A proxy that compresses
+// responses rewrites their tags as W/"…" or "…-gzip"; such a tag still names the same version.
 func tags(r *http.Request, header string) (*tagList, error) {
 	values := r.Header[header]
 	if values == nil {
@@ -100,8 +100,8 @@ func tags(r *http.Request, header string) (*tagList, error) {
 	for n := 0; n == 0 || text != ""; n++ {
 		match := entityTag.FindStringSubmatch(text)
 		if match == nil || n == maxTags {
-			return nil, invalid("%s must be * or a list of up to %d entity-tags such as %s, in double quotes",
-				header, maxTags, task{}.etag())
+			return nil, invalid("%s must be * or a list of up to %d entity-tags such as %s, "+
+				"in double quotes", header, maxTags, task{}.etag())
 		}
 		if version, ok := parseVersion(match[1]); ok {
 			list.versions = append(list.versions, version)
@@ -118,9 +118,11 @@ func parseVersion(text string) (time.Time, bool) {
 	}
 	text, suffix := text[:len(timestampFormat)], text[len(timestampFormat):]
 	version, err := time.Parse(timestampFormat, text)
+	if err != nil || timestamp(version).String() != text {
+		return time.Time{}, false
+	}
 	next, _ := utf8.DecodeRuneInString(suffix)
-	ours := err == nil && timestamp(version).String() == text && !unicode.IsLetter(next) && !unicode.IsDigit(next)
-	return version, ours
+	return version, !unicode.IsLetter(next) && !unicode.IsDigit(next)
 }
 
 // contains reports whether the list names that version.
@@ -141,18 +143,20 @@ func writeTask(w http.ResponseWriter, status int, t task) error {
 	return writeJSON(w, status, t)
 }
 
-// A change is what a request body sets. Nil leaves a field as it is.
+// A change is what a request body sets. A field that is nil keeps its value.
 type change struct {
 	title          *string
 	description    *string
-	setDescription bool // to description, which may be nil: null clears it
+	setDescription bool // the body has a description; null clears it
 	completed      *bool
-	toggle         bool // completed; then that is nil
+	toggle         bool // toggle completed; then completed is nil
 }
 
-// readChange reads the members of a body that clients may set, and validates them. All others are
-// ignored, because clients post whole tasks back.
-func readChange(ctx context.Context, w http.ResponseWriter, r *http.Request) (c change, err error) {
+// readChange reads and validates the members of a body that clients may set. It ignores all others,
+// because clients send whole tasks back.
+func readChange(
+	ctx context.Context, w http.ResponseWriter, r *http.Request,
+) (c change, err error) {
 	members, err := readObject(ctx, w, r)
 	if err != nil {
 		return c, err
@@ -196,13 +200,16 @@ func parseText(name string, raw json.RawMessage, limit int) (*string, error) {
 
 // parseCompleted reads the member completed, nil if there is none.
 func parseCompleted(members map[string]json.RawMessage) (completed *bool, err error) {
-	if raw, ok := members["completed"]; ok && (json.Unmarshal(raw, &completed) != nil || completed == nil) {
+	raw, ok := members["completed"]
+	if ok && (json.Unmarshal(raw, &completed) != nil || completed == nil) {
 		err = invalid("completed must be true or false")
 	}
 	return completed, err
 }
 
-func (s *server) createTask(ctx context.Context, w http.ResponseWriter, r *http.Request, key taskKey) error {
+func (s *server) createTask(
+	ctx context.Context, w http.ResponseWriter, r *http.Request, key taskKey,
+) error {
 	c, err := readChange(ctx, w, r)
 	if err != nil {
 		return err
@@ -225,23 +232,26 @@ func (s *server) createTask(ctx context.Context, w http.ResponseWriter, r *http.
 	return writeTask(w, http.StatusCreated, t)
 }
 
-// readIdempotencyKey returns the key of a create, nil if it has none. The minimum keeps out what
-// buggy clients send, such as undefined, which would make one task of many.
+// readIdempotencyKey returns the key of a create, nil if it has none. The minimum length rejects
+// what buggy clients send for every task, such as undefined.
 func readIdempotencyKey(r *http.Request) (*string, error) {
 	keys := r.Header["Idempotency-Key"]
 	if keys == nil {
 		return nil, nil
 	}
+	key := keys[0]
 	notVisible := func(c rune) bool { return c <= ' ' || c > '~' }
-	if len(keys) > 1 || len(keys[0]) < minKey || len(keys[0]) > maxKey || strings.ContainsFunc(keys[0], notVisible) {
-		return nil, invalid("Idempotency-Key must be %d to %d visible ASCII characters, for example a UUID", minKey, maxKey)
+	wrongLength := len(key) < minKey || len(key) > maxKey
+	if len(keys) > 1 || wrongLength || strings.ContainsFunc(key, notVisible) {
+		return nil, invalid("Idempotency-Key must be one value of %d to %d visible ASCII characters, "+
+			"for example a UUID", minKey, maxKey)
 	}
-	return &keys[0], nil
+	return &key, nil
 }
 
-// fingerprints identify the body of a create. The first one covers only the fields whose value is
-// not the default, so a field added in a later release does not change it. The second one is the
-// form of earlier builds.
+// fingerprints identify the body of a create. current covers only the fields whose value is not the
+// default, so that a field added in a later release does not change it. former is the form of
+// earlier builds, which the database may contain.
 func (c change) fingerprints() (current, former []byte, err error) {
 	fields := map[string]any{"title": c.title} // a map's JSON has sorted keys
 	if c.description != nil {
@@ -264,16 +274,18 @@ func (c change) fingerprints() (current, former []byte, err error) {
 	return current, former, nil
 }
 
-// An insertedTask is the row that insert returns.
+// An insertedTask is the row that insert reads.
 type insertedTask struct {
 	task
-	Replayed bool // the key had made the task before
+	Replayed bool // an earlier request with the key created the task
 	SameBody bool
 }
 
-// insert creates a task, once for each key. If the key has already made one, it returns that task
-// as it is now, and true, or errKeyReused if the task was created with another body.
-func (d *database) insert(ctx context.Context, user string, c change, key *string) (t task, replayed bool, err error) {
+// insert creates a task, at most one for each key. If there is one for the key, it returns that
+// task as it is now, and true, or errKeyReused if the task was created with another body.
+func (d *database) insert(
+	ctx context.Context, user string, c change, key *string,
+) (t task, replayed bool, err error) {
 	if c.completed == nil {
 		c.completed = new(false)
 	}
@@ -283,8 +295,8 @@ func (d *database) insert(ctx context.Context, user string, c change, key *strin
 			return t, false, err
 		}
 	}
-	// DO UPDATE changes nothing, but DO NOTHING would return no row, because a concurrent request's
-	// row is not in this statement's snapshot. Only a row that existed before has an xmax.
+	// DO UPDATE changes nothing. DO NOTHING would return no row, because the row of a concurrent
+	// request is not in this statement's snapshot. Only a row that existed before has an xmax.
 	row, err := queryRow(ctx, d, retryPolicy(key != nil), pgx.RowToStructByPos[insertedTask], `
 		INSERT INTO public.tasks (user_id, title, description, completed, idempotency_key, request_hash)
 		VALUES (@user_id, @title, @description, @completed, @key, @hash)
@@ -304,7 +316,7 @@ func (d *database) insert(ctx context.Context, user string, c change, key *strin
 type page struct {
 	completed     *bool
 	limit, offset int64
-	before        int64 // only tasks with smaller ids: the keyset cursor
+	before        int64 // the keyset cursor: only tasks with smaller ids
 	total         bool
 }
 
@@ -361,10 +373,13 @@ func (p *queryParams) boolean(name string) *bool {
 	return new(value == "true")
 }
 
-func (s *server) listTasks(ctx context.Context, w http.ResponseWriter, r *http.Request, key taskKey) error {
+func (s *server) listTasks(
+	ctx context.Context, w http.ResponseWriter, r *http.Request, key taskKey,
+) error {
 	q, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
-		return invalid("the query string is malformed: percent-encode every character but letters and digits")
+		return invalid("the query string is malformed: " +
+			"percent-encode every character but letters and digits")
 	}
 	p, err := readPage(q)
 	if err != nil {
@@ -390,8 +405,8 @@ func (s *server) listTasks(ctx context.Context, w http.ResponseWriter, r *http.R
 	return writeJSON(w, http.StatusOK, tasks)
 }
 
-// filter returns the columns that the tasks of a list have in common, which begin an index of the
-// table, and their values.
+// filter returns the columns that have the same value in all tasks of a list, and their values. An
+// index of the table begins with these columns.
 func (p page) filter(user string) (columns []string, args pgx.StrictNamedArgs) {
 	columns, args = []string{"user_id"}, pgx.StrictNamedArgs{"user_id": user}
 	if p.completed != nil {
@@ -402,34 +417,36 @@ func (p page) filter(user string) (columns []string, args pgx.StrictNamedArgs) {
 
 // list returns a page of tasks and, if there are more, the first task of the next page.
 //
-// Both conditions together leave the planner one choice, whatever its statistics say and also for
-// the generic plan of a prepared statement: scan the index of those columns backward from the
-// cursor. With user_id = $1 AND id < $2 it sometimes filters, or sorts, all tasks of a user. Without
-// the second condition it underestimates how many rows the first one excludes, and may sort too.
+// The planner must scan one index backward from the cursor, whatever its statistics say. With
+// user_id = $1 AND id < $2 it sometimes filters, or sorts, all tasks of a user. A comparison of
+// rows leaves it one index in the right order. The first condition implies the second one, but
+// without the second one the generic plan of a prepared statement may sort.
 func (d *database) list(ctx context.Context, user string, p page) ([]task, error) {
 	common, args := p.filter(user)
 	args["last"], args["limit"], args["offset"] = p.before-1, p.limit+1, p.offset
-	return query(ctx, d, retry, pgx.RowToStructByPos[task], fmt.Sprintf(`
+	names, values := strings.Join(common, ", "), "@"+strings.Join(common, ", @")
+	return query(ctx, d, retry, pgx.RowToStructByPos[task], `
 		SELECT `+columns+`
 		FROM public.tasks
-		WHERE (%[1]s, id) BETWEEN (%[2]s, 1) AND (%[2]s, @last)
+		WHERE (`+names+`, id) BETWEEN (`+values+`, 1) AND (`+values+`, @last)
 		  AND user_id BETWEEN @user_id AND @user_id
-		ORDER BY %[3]s DESC, id DESC
-		LIMIT @limit OFFSET @offset`,
-		strings.Join(common, ", "), "@"+strings.Join(common, ", @"), strings.Join(common, " DESC, ")), args)
+		ORDER BY `+strings.Join(common, " DESC, ")+` DESC, id DESC
+		LIMIT @limit OFFSET @offset`, args)
 }
 
-// count returns the number of the tasks on all pages.
+// count returns the number of tasks on all pages.
 func (d *database) count(ctx context.Context, user string, p page) (int64, error) {
 	common, args := p.filter(user)
-	return queryRow(ctx, d, retry, pgx.RowTo[int64], fmt.Sprintf(`
+	names, values := strings.Join(common, ", "), "@"+strings.Join(common, ", @")
+	return queryRow(ctx, d, retry, pgx.RowTo[int64], `
 		SELECT count(*)
 		FROM public.tasks
-		WHERE (%s) = (%s)`,
-		strings.Join(common, ", "), "@"+strings.Join(common, ", @")), args)
+		WHERE (`+names+`) = (`+values+`)`, args)
 }
 
-func (s *server) getTask(ctx context.Context, w http.ResponseWriter, r *http.Request, key taskKey) error {
+func (s *server) getTask(
+	ctx context.Context, w http.ResponseWriter, r *http.Request, key taskKey,
+) error {
 	known, err := tags(r, "If-None-Match")
 	if err != nil {
 		return err
@@ -453,7 +470,9 @@ func (d *database) get(ctx context.Context, key taskKey) (task, error) {
 		WHERE user_id = $1 AND id = $2`, key.user, key.id)
 }
 
-func (s *server) updateTask(ctx context.Context, w http.ResponseWriter, r *http.Request, key taskKey) error {
+func (s *server) updateTask(
+	ctx context.Context, w http.ResponseWriter, r *http.Request, key taskKey,
+) error {
 	c, err := readChange(ctx, w, r)
 	if err != nil {
 		return err
@@ -461,8 +480,10 @@ func (s *server) updateTask(ctx context.Context, w http.ResponseWriter, r *http.
 	return s.applyChange(ctx, w, r, key, c)
 }
 
-// completeTask sets completed to the body's value, or toggles it if the body is empty or has none.
-func (s *server) completeTask(ctx context.Context, w http.ResponseWriter, r *http.Request, key taskKey) error {
+// completeTask sets completed to the body's value, or toggles it if the body has none.
+func (s *server) completeTask(
+	ctx context.Context, w http.ResponseWriter, r *http.Request, key taskKey,
+) error {
 	members, err := readObject(ctx, w, r)
 	if err != nil {
 		return err
@@ -471,11 +492,14 @@ func (s *server) completeTask(ctx context.Context, w http.ResponseWriter, r *htt
 	if err != nil {
 		return err
 	}
-	return s.applyChange(ctx, w, r, key, change{completed: completed, toggle: completed == nil})
+	c := change{completed: completed, toggle: completed == nil}
+	return s.applyChange(ctx, w, r, key, c)
 }
 
-// applyChange changes a task under the condition of If-Match.
-func (s *server) applyChange(ctx context.Context, w http.ResponseWriter, r *http.Request, key taskKey, c change) error {
+// applyChange changes a task if it matches If-Match.
+func (s *server) applyChange(
+	ctx context.Context, w http.ResponseWriter, r *http.Request, key taskKey, c change,
+) error {
 	match, err := tags(r, "If-Match")
 	if err != nil {
 		return err
@@ -487,10 +511,12 @@ func (s *server) applyChange(ctx context.Context, w http.ResponseWriter, r *http
 	return writeTask(w, http.StatusOK, t)
 }
 
-// update computes the new values in the statement itself, so that concurrent changes are not lost;
-// <> toggles, as XOR on booleans.
-// updated_at increases even if the clock has not advanced or has been set back.
-func (d *database) update(ctx context.Context, key taskKey, match *tagList, c change) (task, error) {
+// update changes a task. The statement itself computes the new values, so that concurrent changes
+// of different fields are all kept. completed <> true toggles completed. updated_at increases even
+// if the clock has not advanced or was set back.
+func (d *database) update(
+	ctx context.Context, key taskKey, match *tagList, c change,
+) (task, error) {
 	return d.modify(ctx, key, match, `
 		UPDATE public.tasks
 		SET title = COALESCE(@title, title),
@@ -501,21 +527,26 @@ func (d *database) update(ctx context.Context, key taskKey, match *tagList, c ch
 			"description": c.description, "completed": c.completed, "toggle": c.toggle})
 }
 
-func (s *server) deleteTask(ctx context.Context, w http.ResponseWriter, r *http.Request, key taskKey) error {
+func (s *server) deleteTask(
+	ctx context.Context, w http.ResponseWriter, r *http.Request, key taskKey,
+) error {
 	match, err := tags(r, "If-Match")
 	if err != nil {
 		return err
 	}
-	if _, err := s.db.modify(ctx, key, match, `DELETE FROM public.tasks`, pgx.StrictNamedArgs{}); err != nil {
+	_, err = s.db.modify(ctx, key, match, `DELETE FROM public.tasks`, pgx.StrictNamedArgs{})
+	if err != nil {
 		return err
 	}
 	w.WriteHeader(http.StatusNoContent)
 	return nil
 }
 
-// modify runs an UPDATE or DELETE, which it completes with a condition, and returns the task. If
-// match does not contain the task's version, it returns errChanged.
-func (d *database) modify(ctx context.Context, key taskKey, match *tagList, statement string, args pgx.StrictNamedArgs) (task, error) {
+// modify runs an UPDATE or DELETE, to which it adds the WHERE and RETURNING clauses. It returns the
+// task, or errChanged if match does not contain the task's version.
+func (d *database) modify(
+	ctx context.Context, key taskKey, match *tagList, statement string, args pgx.StrictNamedArgs,
+) (task, error) {
 	statement += `
 		WHERE user_id = @user_id AND id = @id`
 	args["user_id"], args["id"] = key.user, key.id
