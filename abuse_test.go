@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -35,18 +36,19 @@ func TestAbuse(t *testing.T) {
 		name    string
 		text    func(c *client) string // of a connection of its own user
 		trickle bool                   // a byte from time to time
+		rounds  int                    // connections of each, one after the other
 		answers string                 // statuses that each gets before it is cut
 	}{
-		{"slow headers", func(*client) string { return head + "X-Slow: " }, true, ""},
-		{"slow bodies", func(c *client) string { return c.post(`{"title":`, "Content-Length: 65536") }, true, "408"},
-		{"huge headers", func(*client) string { return head + "X-Large: " + strings.Repeat("x", 1<<20) }, false, "431"},
-		{"many headers", func(*client) string { return head + strings.Repeat("X: 1\r\n", 10<<10) }, false, "431"},
-		{"many header names", func(*client) string { return head + names(10_000) }, false, "431"},
-		{"unfinished header names", func(*client) string { return head + names(2_000) + "X-Slow: " }, true, ""},
+		{"slow headers", func(*client) string { return head + "X-Slow: " }, true, 1, ""},
+		{"slow bodies", func(c *client) string { return c.post(`{"title":`, "Content-Length: 65536") }, true, 1, "408"},
+		{"huge headers", func(*client) string { return head + "X-Large: " + strings.Repeat("x", 1<<20) }, false, 1, "431"},
+		{"many headers", func(*client) string { return head + strings.Repeat("X: 1\r\n", 10<<10) }, false, 1, "431"},
+		{"many header names", func(*client) string { return head + names(10_000) }, false, 1, "431"},
+		{"unfinished header names", func(*client) string { return head + names(2_000) + "X-Slow: " }, true, 1, ""},
 		{"header names, and no token and no body", func(c *client) string {
 			return "POST /api/x/tasks HTTP/1.1\r\nHost: todo\r\nContent-Length: 100\r\n" + names(2_000) + "\r\n"
-		}, false, "401"},
-		{"garbage pipelined", func(*client) string { return strings.Repeat(head+"\r\n", pipelined) + "\x00\xff\r\n\r\n" }, false,
+		}, false, 12, "401"},
+		{"garbage pipelined", func(*client) string { return strings.Repeat(head+"\r\n", pipelined) + "\x00\xff\r\n\r\n" }, false, 1,
 			strings.Repeat("200 ", pipelined) + "400"},
 	} {
 		t.Run(row.name, func(t *testing.T) {
@@ -61,8 +63,8 @@ func TestAbuse(t *testing.T) {
 				abuser := &client{t: t, user: "test-" + rand.Text()}
 				abuser.authorization = authorization(t, abuser.user)
 				text := row.text(abuser)
-				start := time.Now()
-				abusers.Go(func() {
+				round := func(conn net.Conn) {
+					start := time.Now()
 					defer conn.Close()
 					go func() {
 						_, err := io.WriteString(conn, text)
@@ -89,6 +91,17 @@ func TestAbuse(t *testing.T) {
 					if (!strings.HasPrefix(row.answers, got) || took > 20*time.Second) && wrong.Add(1) == 1 {
 						t.Errorf("answered %q and cut after %v, want %q, and all within 20 s", got, took, row.answers)
 					}
+				}
+				abusers.Go(func() {
+					round(conn)
+					for range row.rounds - 1 {
+						next, err := net.Dial("tcp", conn.RemoteAddr().String())
+						if err != nil {
+							t.Error(err)
+							return
+						}
+						round(next)
+					}
 				})
 			}
 			done := make(chan struct{})
@@ -105,8 +118,8 @@ func TestAbuse(t *testing.T) {
 				waits = append(waits, time.Since(start))
 				select {
 				case <-done:
-					if n := whole.Load(); n < crowd/2 {
-						t.Errorf("%d of %d were answered %q", n, crowd, row.answers)
+					if n := whole.Load(); n < int64(crowd*row.rounds/2) {
+						t.Errorf("%d of %d were answered %q", n, crowd*row.rounds, row.answers)
 					}
 					if peak := p.memory("VmHWM"); peak > 128<<20 {
 						t.Errorf("%d bytes of memory, want 128 MiB at most", peak)
