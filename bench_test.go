@@ -302,6 +302,7 @@ func BenchmarkLoad(b *testing.B) {
 		})
 	}
 }
+
 // BenchmarkStart starts the service on a database that has the schema, and
 // reports when, after exec, it listens, has its database, and has answered the
 // first list.
