@@ -596,22 +596,23 @@ func write(w http.ResponseWriter, status int, contentType string, body []byte) {
 func readObject(
 	ctx context.Context, w http.ResponseWriter, r *http.Request,
 ) (map[string]json.RawMessage, error) {
-	if r.ContentLength > maxBody {
+	unsupported := checkMediaType(r)
+	switch { // in the documented order of checks: 413, then 415
+	case r.ContentLength > maxBody:
 		return nil, errLargeBody
+	case r.ContentLength > 0 && unsupported != nil:
+		return nil, unsupported
 	}
 	stopReading := func() { http.NewResponseController(w).SetReadDeadline(time.Now()) }
 	stop := context.AfterFunc(ctx, stopReading)
 	defer stop()
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
 	_, tooLarge := errors.AsType[*http.MaxBytesError](err)
-	encoding := cmp.Or(strings.TrimSpace(r.Header.Get("Content-Encoding")), "identity")
-	switch { // in the documented order of checks: 413, 415, then 408 or 400
+	switch { // the same for a chunked body, then 408 or 400
 	case tooLarge:
 		return nil, errLargeBody
-	case len(body) > 0 && !isJSON(r.Header.Get("Content-Type")):
-		return nil, errNotJSON
-	case len(body) > 0 && !strings.EqualFold(encoding, "identity"):
-		return nil, errEncoded
+	case len(body) > 0 && unsupported != nil:
+		return nil, unsupported
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return nil, fmt.Errorf("%w: %w", errSlowBody, err)
 	case err != nil:
@@ -622,6 +623,18 @@ func readObject(
 		return nil, nil
 	}
 	return parseObject(bytes.TrimPrefix(body, []byte("\ufeff"))) // RFC 8259, section 8.1
+}
+
+// checkMediaType returns the error for a body that is not JSON or is compressed.
+func checkMediaType(r *http.Request) error {
+	encoding := cmp.Or(strings.TrimSpace(r.Header.Get("Content-Encoding")), "identity")
+	switch {
+	case !isJSON(r.Header.Get("Content-Type")):
+		return errNotJSON
+	case !strings.EqualFold(encoding, "identity"):
+		return errEncoded
+	}
+	return nil
 }
 
 // isJSON reports whether a Content-Type is absent or a JSON type.
