@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"cmp"
 	"context"
-	"crypto/rand"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -28,8 +27,8 @@ import (
 // user "listed" has 1,000 of them, and of a million the user "deep" 100,000.
 func fill(b *testing.B, tasks int) (databaseURL string) {
 	b.Helper()
-	databaseURL = ownDatabase(b)
-	d := openPrepared(b, databaseURL)
+	databaseURL = createDatabase(b)
+	d := startDB(b, openDB(b, databaseURL))
 	sqlExec(b, d.pool, fmt.Sprintf(`
 		INSERT INTO tasks (user_id, title, description, completed)
 		SELECT CASE WHEN i %% (%[1]d / 1000) = 0 THEN 'listed'
@@ -244,7 +243,7 @@ func (c call) blocks(b *testing.B, databaseURL string) float64 {
 	if err != nil {
 		b.Fatal(err)
 	}
-	p := explain(b, open(b, databaseURL, func(*pgxpool.Config) {}), asked)
+	p := explain(b, openDB(b, databaseURL), asked)
 	return float64(p.Hit + p.Read)
 }
 
@@ -254,7 +253,7 @@ func (c call) blocks(b *testing.B, databaseURL string) float64 {
 // handler's.
 func BenchmarkLoad(b *testing.B) {
 	large := fill(b, 1_000_000)
-	id := sqlValue[int64](b, open(b, large, func(*pgxpool.Config) {}).pool, `SELECT max(id) FROM tasks WHERE user_id = 'listed'`)
+	id := sqlValue[int64](b, openDB(b, large).pool, `SELECT max(id) FROM tasks WHERE user_id = 'listed'`)
 	for name, path := range map[string]string{"list": "", "get": fmt.Sprint("/", id)} {
 		b.Run(name, func(b *testing.B) {
 			c := callOf(b, "listed", "GET", path, "")
@@ -324,9 +323,9 @@ func BenchmarkDistance(b *testing.B) {
 	var near float64
 	for _, roundTrip := range []time.Duration{5 * time.Millisecond, 20 * time.Millisecond, 100 * time.Millisecond} {
 		b.Run(roundTrip.String(), func(b *testing.B) {
-			d, r := openOver(b)
+			d, r := startOverRelay(b)
 			connect(b, d, defaultMaxConns)
-			c := newClientOf(b, newService(b, d), "test-"+rand.Text())
+			c := startService(b, d, settings{}).newClient()
 			c.http = keepingConnections(b)
 			c.create("Milk")
 			r.delay.Store(int64(roundTrip))
