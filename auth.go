@@ -106,7 +106,7 @@ func (a *authenticator) addKey(setting, secret string) error {
 	first, last := firstRune(secret), lastRune(secret)
 	switch {
 	case secret != strings.TrimSpace(secret):
-		a.warn(setting, "begins or ends with white space, for example a line break of echo or of a file")
+		a.warn(setting, "begins or ends with white space, for example the line break that echo appends")
 	case first == '\ufeff' || last == '\ufeff':
 		a.warn(setting, "begins or ends with a byte order mark")
 	case strings.ContainsRune(quotes, first) || strings.ContainsRune(quotes, last):
@@ -120,7 +120,7 @@ func (a *authenticator) addKey(setting, secret string) error {
 
 func (a *authenticator) warn(setting, problem string) {
 	a.warnings = append(a.warnings, setting+" "+problem+
-		". It is used as it is; tokens are valid only if the Next.js side has exactly the same value")
+		". It is used unchanged; tokens are valid only if the Next.js side has exactly the same value")
 }
 
 func firstRune(s string) rune { r, _ := utf8.DecodeRuneInString(s); return r }
@@ -175,7 +175,7 @@ func (a *authenticator) verify(raw string) (string, error) {
 	return user, nil
 }
 
-// tokenProblem describes the parser's error in words that lead to its cause.
+// tokenProblem returns the probable cause of the parser's error, for the log.
 func tokenProblem(token *jwt.Token, err error) string {
 	switch {
 	case token == nil:

@@ -738,3 +738,48 @@ func FuzzVerify(f *testing.F) {
 		}
 	})
 }
+
+// A secret that is probably not what the operator meant is used as it is, with one WARNING.
+func TestSecretWarnings(t *testing.T) {
+	t.Parallel()
+	const good = "secret;of;the;tests;0123456789;abcdef"
+	const setting = "BETTER_AUTH_SECRET"
+	for _, row := range []struct{ secret, secrets, want string }{
+		{good, "", ""},
+		{good[:20] + " \"' \ufeff" + good[20:], "", ""},
+		{"", "2:" + good + "2, 1: " + good + " ", ""}, // white space around an entry is removed
+		{good + "\n", "", setting + " begins or ends with white space"},
+		{"\u00a0" + good, "", setting + " begins or ends with white space"},
+		{`"` + good + `"`, "", setting + " begins or ends with a quotation mark"},
+		{good + "'", "", setting + " begins or ends with a quotation mark"},
+		{"\u201c" + good, "", setting + " begins or ends with a quotation mark"},
+		{"\ufeff" + good, "", setting + " begins or ends with a byte order mark"},
+		{strings.Repeat("#", 40), "", setting + " is one repeated character"},
+		{strings.Repeat("é", 16), "", setting + " is one repeated character"},
+		{"", "2:" + good + ",1:`" + good, setting + "S entry 2 begins or ends with a quotation mark"},
+		{"", "2:" + strings.Repeat("#", 32), setting + "S entry 1 is one repeated character"},
+	} {
+		var log lockedBuffer
+		env := environment{"BETTER_AUTH_SECRET": row.secret, "BETTER_AUTH_SECRETS": row.secrets,
+			"DATABASE_URL": "postgres://localhost/none", "PORT": "none"} // PORT ends the start
+		err := run(t.Context(), nil, func(name string) string { return env[name] }, &log)
+		if err == nil || !strings.Contains(err.Error(), "PORT") {
+			t.Fatalf("run = %v, want an error that names PORT", err)
+		}
+		var got []string
+		for _, line := range log.lines(t) {
+			got = append(got, fmt.Sprint(line["severity"], " ", line["message"]))
+		}
+		switch {
+		case row.want == "" && got == nil:
+		case row.want == "" || len(got) != 1 || !strings.HasPrefix(got[0], "WARNING "+row.want):
+			t.Errorf("%q, %q: the log has %q, want one WARNING: %s", row.secret, row.secrets, got, row.want)
+		}
+		separator := func(c rune) bool { return strings.ContainsRune(":,;\"'` ", c) }
+		for part := range strings.FieldsFuncSeq(row.secret+row.secrets, separator) {
+			if len(part) > 3 && strings.Contains(log.String(), part) {
+				t.Errorf("the log contains %q of the secret: %s", part, log.String())
+			}
+		}
+	}
+}

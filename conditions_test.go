@@ -314,3 +314,15 @@ func TestIdempotencyKeyOnTwoInstances(t *testing.T) {
 		t.Errorf("%d tasks in the end, want one for each key: 5", len(got))
 	}
 }
+
+// The longest list of tags that is accepted. TestMalformedConditions has one that is longer by one.
+func TestHundredTags(t *testing.T) {
+	t.Parallel()
+	c := newClient(t)
+	a := c.do("POST", "", `{"title": "x"}`)
+	path := fmt.Sprint("/", decode[wireTask](t, a.body).ID)
+	tags := strings.Repeat(`"x", `, 99) + a.header.Get("ETag")
+	if a := c.do("PATCH", path, "{}", "If-Match", tags); a.status != 200 {
+		t.Errorf("If-Match with 100 tags = %d %s, want 200", a.status, a.body)
+	}
+}

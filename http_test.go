@@ -538,3 +538,11 @@ func FuzzParseObject(f *testing.F) {
 		}
 	})
 }
+
+func TestDocsReferrerPolicy(t *testing.T) {
+	t.Parallel()
+	a := newClient(t).send("GET", "/docs", "")
+	if got := a.header.Get("Referrer-Policy"); got != "no-referrer" {
+		t.Errorf("Referrer-Policy of /docs = %q, want no-referrer", got)
+	}
+}

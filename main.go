@@ -46,14 +46,14 @@ import (
 
 const (
 	// A response begins at most 19 s after the first byte of its request: headerTimeout plus
-	// requestTimeout. writeTimeout starts at the end of the header and leaves a second to send it.
+	// requestTimeout. writeTimeout also starts at the end of the header; its extra second is to send.
 	headerTimeout  = 4 * time.Second
 	requestTimeout = 15 * time.Second
 	writeTimeout   = 16 * time.Second
 	readTimeout    = 10 * time.Second       // to read the header and the body
 	idleTimeout    = 2 * time.Minute        // between two requests of a connection
 	readyTimeout   = 3 * time.Second        // for /health/ready
-	discardTimeout = 100 * time.Millisecond // for a body that the service does not read
+	discardTimeout = 100 * time.Millisecond // to receive the rest of a body that is not read
 	turnTimeout    = 5 * time.Second        // to wait for a turn while the database answers
 
 	maxHeader = 16<<10 - 4<<10 // bytes; net/http adds 4 KiB
@@ -62,13 +62,13 @@ const (
 
 	// Shutdown. Cloud Run kills the process 10 s after SIGTERM.
 	graceTime   = time.Second             // requests are still accepted
-	settleTime  = 200 * time.Millisecond  // to accept the last connections, and to read from them
+	settleTime  = 200 * time.Millisecond  // twice: to accept connections, then to read from them
 	cancelAfter = 7 * time.Second         // from the signal until database work is canceled
 	closeAfter  = 8 * time.Second         // from the signal until connections are closed
 	exitAfter   = 8500 * time.Millisecond // from the signal until the process exits in any case
 
-	// The defaults of GOGC and GOMEMLIMIT. The live heap is about 4 MB, so a list costs a quarter
-	// less processor time than with Go's default of 100. Fly.io's smallest machine has 256 MB.
+	// The defaults of GOGC and GOMEMLIMIT. With a live heap of about 4 MB, GOGC=300 saves a quarter
+	// of the processor time of a list. Fly.io's smallest machine has 256 MB.
 	gcPercent   = 300
 	memoryLimit = 100 << 20 // bytes
 )
@@ -101,12 +101,11 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 	case len(args) >= 2 && args[0] == "token":
 		return printToken(args[1], args[2:], getenv, stdout)
 	}
-	return errors.New("usage: todo-app serves; todo-app migrate applies the schema; " +
-		"todo-app token USER_ID [CLAIM=VALUE ...] prints a token that is valid for an hour")
+	return errors.New("usage: todo-app | todo-app migrate | todo-app token USER_ID [CLAIM=VALUE ...]")
 }
 
-// printToken prints a token for user. Each of claims is NAME=VALUE, where VALUE is JSON, or else
-// the text itself.
+// printToken prints a token for user that is valid for an hour. Each claim is NAME=VALUE. A VALUE
+// that is not JSON is text.
 func printToken(
 	user string, claims []string, getenv func(string) string, stdout io.Writer,
 ) error {
@@ -151,22 +150,23 @@ func migrate(ctx context.Context, getenv func(string) string, stdout io.Writer) 
 }
 
 func serve(ctx context.Context, getenv func(string) string, stdout io.Writer) error {
-	set, err := readSettings(getenv)
+	settings, err := readSettings(getenv)
 	if err != nil {
 		return err
 	}
-	log := newLogger(stdout, set.logLevel)
-	for _, warning := range set.auth.warnings {
+	log := newLogger(stdout, settings.logLevel)
+	for _, warning := range settings.auth.warnings {
 		log.Warn(warning)
 	}
-	db, err := openDatabase(set.databaseURL, log)
+	db, err := openDatabase(settings.databaseURL, log)
 	if err != nil {
 		return err
 	}
-	return newServer(set.auth, db, log, set.origins, set.project).serve(ctx, set.port, set.metricsPort)
+	s := newServer(settings.auth, db, log, settings.origins, settings.project)
+	return s.serve(ctx, settings.port, settings.metricsPort)
 }
 
-// openDatabase logs which parameters of the connection string are ignored.
+// openDatabase returns the database of a connection string and logs the parameters it ignores.
 func openDatabase(databaseURL string, log *slog.Logger) (*database, error) {
 	config, ignored, err := poolConfig(databaseURL)
 	if err != nil {
@@ -178,8 +178,8 @@ func openDatabase(databaseURL string, log *slog.Logger) (*database, error) {
 	return newDatabase(config, log)
 }
 
-// settings are the environment variables of the service. All but databaseURL are validated;
-// poolConfig does that.
+// settings are the environment variables of the service. poolConfig validates databaseURL, and
+// listen validates the ports.
 type settings struct {
 	auth        *authenticator // BETTER_AUTH_SECRET, BETTER_AUTH_SECRETS, JWT_AUDIENCE, JWT_ISSUER
 	databaseURL string         // DATABASE_URL; required
@@ -299,10 +299,10 @@ func (s *server) routes() map[string]endpoint {
 	}
 }
 
-// usedHeaders are the headers that the service and net/http read from a parsed request.
+// usedHeaders are the request headers that the service reads.
 var usedHeaders = []string{
-	"Access-Control-Request-Headers", "Authorization", "Connection", "Content-Encoding",
-	"Content-Type", "Idempotency-Key", "If-Match", "If-None-Match", "Origin", "Traceparent",
+	"Access-Control-Request-Headers", "Authorization", "Content-Encoding", "Content-Type",
+	"Idempotency-Key", "If-Match", "If-None-Match", "Origin", "Traceparent",
 	"X-Cloud-Trace-Context", "X-Request-Id",
 }
 
@@ -346,25 +346,25 @@ type endpoint func(ctx context.Context, w http.ResponseWriter, r *http.Request) 
 // deadline, the response to an error or a panic, the log line and the metrics.
 func (s *server) handle(e endpoint) http.HandlerFunc {
 	return func(rw http.ResponseWriter, r *http.Request) {
-		ctx, trace := withTrace(s.work)
+		ctx, timing := withTiming(s.work)
 		ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 		defer cancel()
 		w := &response{ResponseWriter: rw}
 		err := recovered(e)(ctx, w, r)
 		if r.Body != http.NoBody {
-			// The rest of the body is not read, but net/http would wait for it up to readTimeout.
-			// A part that was already sent may arrive: closing the connection at once could reset
-			// it before the client has read the response.
+			// net/http would wait up to readTimeout for the rest of the body. Closing the connection
+			// at once could reset it before the client has read the response. Data that was already
+			// sent arrives within discardTimeout.
 			http.NewResponseController(rw).SetReadDeadline(time.Now().Add(discardTimeout))
 		}
 		if err != nil && w.status == 0 {
 			writeError(w, err)
 		}
-		s.record(w, r, trace, err)
+		s.record(w, r, timing, err)
 	}
 }
 
-// recovered returns an endpoint that returns a panic of e as an error.
+// recovered returns an endpoint that calls e and returns a panic of e as an error.
 func recovered(e endpoint) endpoint {
 	return func(ctx context.Context, w http.ResponseWriter, r *http.Request) (err error) {
 		defer func() {
@@ -376,7 +376,7 @@ func recovered(e endpoint) endpoint {
 	}
 }
 
-// A response records what the log contains about it.
+// A response keeps the status and counts the bytes of a response, for the log and the metrics.
 type response struct {
 	http.ResponseWriter
 	status int // 0 until the header is written
@@ -427,8 +427,8 @@ func (s *server) forUser(e userEndpoint) endpoint {
 	}
 }
 
-// turns limits how many requests of one user are in progress, so that no user occupies all
-// connections.
+// turns is a semaphore per user. It limits how many requests of a user are in progress, so that no
+// user occupies all connections.
 type turns struct {
 	limit int // requests in progress per user
 	mu    sync.Mutex
@@ -443,8 +443,8 @@ type userTurns struct {
 // take waits until fewer than limit requests of the user are in progress. The caller must call
 // done at the end of the request.
 //
-// take returns errTooMany after turnTimeout, and errUnavailable when ctx is done. Only time in
-// which the database answers counts toward turnTimeout.
+// take returns errTooMany after turnTimeout, and errUnavailable when ctx is done. Time in which the
+// database does not answer does not count toward turnTimeout.
 func (t *turns) take(ctx context.Context, db *database, user string) (done func(), err error) {
 	t.mu.Lock()
 	u := t.users[user]
@@ -467,29 +467,21 @@ func (t *turns) take(ctx context.Context, db *database, user string) (done func(
 	ctx, cancel := db.limitInOutage(ctx)
 	defer cancel()
 	const tick = 50 * time.Millisecond
-	for waited := time.Duration(0); ; {
+	for waited := time.Duration(0); waited < turnTimeout; {
 		select {
 		case u.progress <- struct{}{}:
 			return func() { <-u.progress; leave() }, nil
-		default:
-		}
-		switch {
-		case ctx.Err() != nil:
+		case <-ctx.Done():
 			leave()
 			return nil, fmt.Errorf("%w: wait for a turn: %w", errUnavailable, context.Cause(ctx))
-		case waited >= turnTimeout:
-			leave()
-			return nil, errTooMany
-		case db.answers():
-			waited += tick
-		}
-		select {
-		case u.progress <- struct{}{}:
-			return func() { <-u.progress; leave() }, nil
 		case <-time.After(tick):
-		case <-ctx.Done():
+			if db.answers() {
+				waited += tick
+			}
 		}
 	}
+	leave()
+	return nil, errTooMany
 }
 
 // methods are those that the Allow header, the log and the metrics name.
@@ -529,16 +521,16 @@ func (e apiError) Error() string { return e.detail }
 var (
 	errBadJSON   = apiError{400, "The request body must be one JSON object in valid UTF-8."}
 	errCutBody   = apiError{400, "The request body is malformed or shorter than its Content-Length."}
-	errNoToken   = apiError{401, "Send an access token: Authorization: Bearer <token>."}
+	errNoToken   = apiError{401, "Send an access token in the header Authorization: Bearer <token>."}
 	errBadToken  = apiError{401, "The access token is invalid or has expired. Get a new one."}
 	errOtherUser = apiError{403, "The access token is for another user than the one in the path."}
 	errNoPath    = apiError{404, "There is no such path."}
 	errNotFound  = apiError{404, "Not found: this id does not exist or belongs to another user."}
 	errMethod    = apiError{405, "This path does not accept this method. " +
-		"The Allow header lists those that it accepts."}
+		"The Allow header lists the methods that it accepts."}
 	errSlowBody = apiError{408, "The request body did not arrive in time."}
 	errChanged  = apiError{412, "The version in If-Match is not the current one. " +
-		"Get the current version and decide again."}
+		"Get the current version, apply your change to it and try again."}
 	errLargeBody = apiError{413, fmt.Sprintf("The request body must not exceed %d bytes.", maxBody)}
 	errNotJSON   = apiError{415, "The request body must be JSON. " +
 		"Send Content-Type: application/json."}
@@ -608,7 +600,8 @@ func readObject(
 		return nil, errLargeBody
 	}
 	stopReading := func() { http.NewResponseController(w).SetReadDeadline(time.Now()) }
-	defer context.AfterFunc(ctx, stopReading)()
+	stop := context.AfterFunc(ctx, stopReading)
+	defer stop()
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
 	_, tooLarge := errors.AsType[*http.MaxBytesError](err)
 	encoding := cmp.Or(strings.TrimSpace(r.Header.Get("Content-Encoding")), "identity")
@@ -715,8 +708,8 @@ func (s *server) docs(_ context.Context, w http.ResponseWriter, _ *http.Request)
 	return nil
 }
 
-// live reports that the process is up. It does not use the database: platforms poll it every few
-// seconds, and Neon would never suspend.
+// live reports that the process runs. Platforms poll it every few seconds, so it does not use the
+// database: Neon would never suspend the compute.
 func (s *server) live(_ context.Context, w http.ResponseWriter, _ *http.Request) error {
 	return writeJSON(w, http.StatusOK, map[string]string{"status": "alive"})
 }
@@ -763,7 +756,7 @@ func preflight(w http.ResponseWriter, r *http.Request) {
 	for name := range strings.SplitSeq(requested, ",") {
 		name = strings.TrimSpace(name)
 		known := func(a string) bool { return strings.EqualFold(a, name) }
-		if token.MatchString(name) && !slices.ContainsFunc(allowed, known) {
+		if headerName.MatchString(name) && !slices.ContainsFunc(allowed, known) {
 			allowed = append(allowed, name)
 		}
 	}
@@ -773,15 +766,15 @@ func preflight(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNoContent)
 }
 
-// token matches a header name (RFC 9110, section 5.6.2).
-var token = regexp.MustCompile("^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}$")
+// headerName matches a header name (RFC 9110, section 5.6.2).
+var headerName = regexp.MustCompile("^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}$")
 
 // newLogger writes one JSON object per line, with the field names and severities of Google Cloud's
 // logs.
 func newLogger(w io.Writer, level slog.Level) *slog.Logger {
 	return slog.New(slog.NewJSONHandler(w, &slog.HandlerOptions{
 		Level: level,
-		ReplaceAttr: func(groups []string, a slog.Attr) slog.Attr {
+		ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
 			switch a.Key {
 			case slog.MessageKey:
 				a.Key = "message"
@@ -794,14 +787,14 @@ func newLogger(w io.Writer, level slog.Level) *slog.Logger {
 }
 
 // record logs a request in one line and counts it.
-func (s *server) record(w *response, r *http.Request, trace *dbTrace, err error) {
-	took := time.Since(trace.start)
-	_, route, _ := strings.Cut(r.Pattern, " ")
+func (s *server) record(w *response, r *http.Request, timing *timing, err error) {
+	took := time.Since(timing.start)
+	route := r.Pattern[strings.Index(r.Pattern, " ")+1:] // without the method, if it has one
 	method := r.Method
 	if !slices.Contains(methods, method) {
 		method = "other" // clients can invent any number of methods, of any length
 	}
-	s.metrics.observe(cmp.Or(route, r.Pattern), method, w.status, took)
+	s.metrics.observe(route, method, w.status, took)
 	level := slog.LevelInfo
 	switch {
 	case w.status == http.StatusServiceUnavailable:
@@ -812,12 +805,12 @@ func (s *server) record(w *response, r *http.Request, trace *dbTrace, err error)
 	attrs := []slog.Attr{
 		slog.String("request_id", w.Header().Get("X-Request-Id")),
 		slog.String("method", method),
-		slog.String("route", cmp.Or(route, r.Pattern)),
+		slog.String("route", route),
 		slog.Int("status", w.status),
 		slog.Int64("duration_us", took.Microseconds()),
 		slog.Int("bytes", w.bytes),
-		slog.Int64("db_us", trace.total.Microseconds()),
-		slog.Int64("db_wait_us", trace.waiting.Microseconds()),
+		slog.Int64("db_us", timing.total.Microseconds()),
+		slog.Int64("db_wait_us", timing.waiting.Microseconds()),
 	}
 	if err != nil {
 		attrs = append(attrs, slog.String("error", truncate(err.Error(), maxLogged)))
@@ -845,7 +838,7 @@ func truncate(text string, n int) string {
 
 // buckets are the upper bounds of the histogram, in seconds. The database may be 1 ms away, or
 // 100 ms, or suspended; a request ends after requestTimeout.
-var buckets = []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 16}
+var buckets = [...]float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 16}
 
 // metrics counts requests. There are few series, because a route is a pattern.
 type metrics struct {
@@ -862,12 +855,12 @@ type requestSeries struct {
 type timeSeries struct{ route, method string }
 
 type histogram struct {
-	counts [15]int // by bucket, the last one without a bound
+	counts [len(buckets) + 1]int // by bucket, the last one without a bound
 	sum    time.Duration
 }
 
 func (m *metrics) observe(route, method string, status int, took time.Duration) {
-	bucket, _ := slices.BinarySearch(buckets, took.Seconds())
+	bucket, _ := slices.BinarySearch(buckets[:], took.Seconds())
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.requests == nil {
@@ -888,12 +881,13 @@ func (m *metrics) write(w io.Writer) {
 	const total, duration = "todo_http_requests_total", "todo_http_request_duration_seconds"
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	writeHead(w, total, "counter", "Requests by route, method and status.")
+	writeMetricHeader(w, total, "counter", "Requests by route, method and status.")
 	for series, n := range m.requests {
 		fmt.Fprintf(w, "%s{route=%q,method=%q,status=\"%d\"} %d\n",
 			total, series.route, series.method, series.status, n)
 	}
-	writeHead(w, duration, "histogram", "Time from the end of the request's header to its response.")
+	writeMetricHeader(w, duration, "histogram",
+		"Time from the end of the request header to the end of the handler.")
 	for series, h := range m.times {
 		labels := fmt.Sprintf("route=%q,method=%q", series.route, series.method)
 		count := 0
@@ -910,8 +904,8 @@ func (m *metrics) write(w io.Writer) {
 	}
 }
 
-// writeHead writes the lines that introduce a metric.
-func writeHead(w io.Writer, name, kind, help string) {
+// writeMetricHeader writes the lines that introduce a metric.
+func writeMetricHeader(w io.Writer, name, kind, help string) {
 	fmt.Fprintf(w, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)
 }
 
@@ -941,7 +935,7 @@ func (s *server) serveMetrics(w http.ResponseWriter, _ *http.Request) {
 		{"todo_db_acquire_waits_total", "counter",
 			"Acquires that waited for a connection to be released or established.",
 			pool.EmptyAcquireCount()},
-		{"todo_db_acquire_wait_seconds_total", "counter", "Time that those acquires waited.",
+		{"todo_db_acquire_wait_seconds_total", "counter", "Time that acquires waited for a connection.",
 			pool.EmptyAcquireWaitTime().Seconds()},
 		{"todo_db_acquires_canceled_total", "counter",
 			"Acquires canceled before a connection was available.", pool.CanceledAcquireCount()},
@@ -951,15 +945,15 @@ func (s *server) serveMetrics(w http.ResponseWriter, _ *http.Request) {
 			memory.HeapAlloc},
 		{"go_memstats_sys_bytes", "gauge", "Number of bytes obtained from system.", memory.Sys},
 	} {
-		writeHead(&text, m.name, m.kind, m.help)
+		writeMetricHeader(&text, m.name, m.kind, m.help)
 		fmt.Fprintln(&text, m.name, m.value)
 	}
 	write(w, http.StatusOK, "text/plain; version=0.0.4; charset=utf-8", text.Bytes())
 }
 
 // serve runs the service until ctx is done, a signal arrives or it fails. It listens before the
-// database is ready, so that a suspended one does not fail a deploy: requests wait for it in query,
-// up to their deadline.
+// database is ready, so that a suspended compute does not fail a deploy. Until then requests wait
+// in query, up to their deadline.
 func (s *server) serve(ctx context.Context, port, metricsPort string) error {
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
@@ -997,7 +991,8 @@ func (s *server) serve(ctx context.Context, port, metricsPort string) error {
 	return err
 }
 
-// listen serves h on all addresses of the setting's port, and sends how that ended to failed.
+// listen listens on the port, on all addresses, and serves h in a goroutine, which sends the error
+// of Serve to failed. Errors name the setting.
 func (s *server) listen(
 	setting, port string, h http.Handler, failed chan<- error,
 ) (*http.Server, *net.TCPListener, error) {
@@ -1021,8 +1016,8 @@ func (s *server) listen(
 	return hs, listener.(*net.TCPListener), nil
 }
 
-// drain waits for the requests in progress, as far as the time allows, and closes the connections.
-// Unless graceful, it cancels the requests at once.
+// drain waits for the requests in progress, until closeAfter at the latest, and closes the
+// connections. Unless graceful, it cancels the requests at once.
 func (s *server) drain(public *http.Server, socket *net.TCPListener, graceful bool) {
 	time.AfterFunc(cancelAfter, s.cancel)
 	exit := time.After(exitAfter)
@@ -1048,14 +1043,13 @@ func (s *server) drain(public *http.Server, socket *net.TCPListener, graceful bo
 	}
 }
 
-// stopAccepting closes the socket after the grace period, so that no client loses a request. In the
-// grace period requests are accepted, and their responses ask the clients to close the connection:
-// a client that reuses one that the server closes loses its request.
+// stopAccepting closes the socket after graceTime. During graceTime, responses ask clients to close
+// their connections: a request is lost if it is sent while the server closes the connection.
 //
 // Closing the socket resets the connections that the kernel has established but Accept has not
-// returned. With a backlog of 0 there is at most one, and it is accepted before other clients send
-// their SYN a second time. Shutdown drops the requests that are read after it was called, so those
-// of the last connections are read before.
+// returned. With a backlog of 0 there is at most one. It is accepted within settleTime, before
+// other clients repeat their SYN. net/http drops a request that it reads after Shutdown was called,
+// so the requests of the last connections are read before.
 func stopAccepting(socket *net.TCPListener) {
 	time.Sleep(graceTime)
 	if raw, err := socket.SyscallConn(); err == nil {

@@ -3,11 +3,17 @@ package main
 import (
 	"bufio"
 	"context"
+	"errors"
+	"fmt"
 	"io"
 	"log/slog"
+	mathrand "math/rand/v2"
+	"net"
 	"net/http"
 	"os"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -159,5 +165,134 @@ func TestShutdownUnderLoad(t *testing.T) {
 				t.Errorf("%d changes were made and not acknowledged, want %d at most", n, row.unacknowledged)
 			}
 		})
+	}
+}
+
+// A creator is clients that keep their connections and create tasks, with short breaks.
+type creator struct {
+	t       *testing.T
+	created atomic.Int64
+	lost    atomic.Int64 // requests without a response
+
+	mu        sync.Mutex
+	closing   time.Time // when the first response with Connection: close was read
+	last      time.Time // when the last request with a response was sent
+	keptAlive int       // responses without Connection: close to requests that were sent after closing
+}
+
+// run creates tasks of a user until connections are refused.
+func (l *creator) run(c *client) {
+	const body = `{"title": "x"}`
+	text := c.rawCreate(body, fmt.Sprint("Content-Length: ", len(body)))
+	for {
+		conn, err := net.Dial("tcp", strings.TrimPrefix(c.service, "http://"))
+		if err != nil {
+			if !errors.Is(err, syscall.ECONNREFUSED) {
+				l.t.Errorf("connect: %v", err)
+			}
+			return
+		}
+		l.use(conn, text)
+		conn.Close()
+	}
+}
+
+// use sends requests on a connection until a response asks to close it.
+func (l *creator) use(conn net.Conn, text string) {
+	conn.SetDeadline(time.Now().Add(time.Minute))
+	in := bufio.NewReader(conn)
+	for n := 1; ; n++ {
+		time.Sleep(mathrand.N(4 * time.Millisecond)) // the break
+		sent := time.Now()
+		_, err := io.WriteString(conn, text)
+		var res *http.Response
+		if err == nil {
+			res, err = http.ReadResponse(in, nil)
+		}
+		if err == nil {
+			_, err = io.Copy(io.Discard, res.Body)
+		}
+		if err != nil {
+			l.lost.Add(1)
+			l.t.Logf("request %d of a connection was lost: %v", n, err)
+			return
+		}
+		if res.StatusCode != 201 {
+			l.t.Errorf("create = %v, want 201", res)
+		}
+		l.created.Add(1)
+		l.mu.Lock()
+		switch {
+		case res.Close && l.closing.IsZero():
+			l.closing = time.Now()
+		case !res.Close && !l.closing.IsZero() && sent.After(l.closing):
+			l.keptAlive++
+		}
+		if sent.After(l.last) {
+			l.last = sent
+		}
+		l.mu.Unlock()
+		if res.Close {
+			return
+		}
+	}
+}
+
+// Each request that a client sends gets its response, on new connections as on old ones.
+func TestShutdownLosesNothing(t *testing.T) {
+	t.Parallel()
+	for range 8 {
+		p := startProcess(t, "DATABASE_URL="+sharedDatabaseURL()+"&pool_max_conns=8", "LOG_LEVEL=warn")
+		p.waitReady()
+		l := &creator{t: t}
+		clients, users := make(chan *client, 16), []string{}
+		for range cap(clients) / 2 {
+			c := newClientOf(t, p.url, newUser())
+			users = append(users, c.user)
+			clients <- c
+			clients <- c
+		}
+		done := inParallel(cap(clients), func() { l.run(<-clients) })
+		eventually(t, "load", func() bool { return l.created.Load() > 200 })
+		start := time.Now()
+		p.signal(syscall.SIGTERM)
+		if status := p.wait(shutdownLimit); status != 0 {
+			t.Errorf("exit status %d, want 0: %s", status, p.output.String())
+		}
+		ended := time.Since(start)
+		<-done
+		last, created, lost := l.last.Sub(start), l.created.Load(), l.lost.Load()
+		t.Logf("%d requests, %d lost; the last one %v after the signal, the exit after %v",
+			created+lost, lost, last, ended)
+		if lost > 0 {
+			t.Errorf("%d requests were lost, want none", lost)
+		}
+		if l.closing.IsZero() || l.keptAlive > 0 {
+			t.Errorf("%d responses of the shutdown lack Connection: close, want none", l.keptAlive)
+		}
+		if last < graceTime-200*time.Millisecond {
+			t.Errorf("requests are accepted for %v after the signal, want %v", last, graceTime)
+		}
+		const count = `SELECT count(*) FROM public.tasks WHERE user_id = ANY ($1)`
+		stored := sqlValue[int64](t, sharedDB.pool, count, users)
+		if stored != created {
+			t.Errorf("%d tasks, want the %d that were acknowledged", stored, created)
+		}
+	}
+}
+
+// The second signal does not wait for the grace period.
+func TestSecondSignal(t *testing.T) {
+	t.Parallel()
+	p := startProcess(t)
+	p.waitLive()
+	p.signal(syscall.SIGTERM)
+	eventually(t, "line about the shutdown", func() bool {
+		return strings.Contains(p.output.String(), `"shutting down"`)
+	})
+	start := time.Now()
+	p.signal(syscall.SIGTERM)
+	if status := p.wait(shutdownLimit); status != -1 || time.Since(start) > graceTime/2 {
+		t.Errorf("exit status %d after %v, want the signal's at once", status, time.Since(start))
 	}
 }

@@ -68,7 +68,7 @@ func (t timestamp) String() string { return time.Time(t).UTC().Format(timestampF
 
 // MarshalText makes a timestamp a JSON string.
 func (t timestamp) MarshalText() ([]byte, error) {
-	return time.Time(t).UTC().AppendFormat(nil, timestampFormat), nil
+	return []byte(t.String()), nil
 }
 
 // etag returns the task's entity-tag: its version in quotes. No two versions of a task have the
@@ -85,7 +85,7 @@ type tagList struct {
 	versions []time.Time // of the tags of this service; another tag matches no version
 }
 
-// tags reads a header of that name, nil if the request does not have it. A proxy that compresses
+// tags parses a header, and returns nil if the request does not have it. A proxy that compresses
 // responses rewrites their tags as W/"…" or "…-gzip"; such a tag still names the same version.
 func tags(r *http.Request, header string) (*tagList, error) {
 	values := r.Header[header]
@@ -249,9 +249,9 @@ func readIdempotencyKey(r *http.Request) (*string, error) {
 	return &key, nil
 }
 
-// fingerprints identify the body of a create. current covers only the fields whose value is not the
-// default, so that a field added in a later release does not change it. former is the form of
-// earlier builds, which the database may contain.
+// fingerprints returns two hashes of a create's body; c.completed must not be nil. current covers
+// only the fields that differ from their defaults, so that a field added in a later release does
+// not change it. former is the hash that earlier builds stored.
 func (c change) fingerprints() (current, former []byte, err error) {
 	fields := map[string]any{"title": c.title} // a map's JSON has sorted keys
 	if c.description != nil {
@@ -260,18 +260,17 @@ func (c change) fingerprints() (current, former []byte, err error) {
 	if *c.completed {
 		fields["completed"] = true
 	}
-	for _, form := range []struct {
-		value any
-		hash  *[]byte
-	}{{fields, &current}, {[]any{c.title, c.description, c.completed}, &former}} {
-		text, err := json.Marshal(form.value)
-		if err != nil {
-			return nil, nil, err
-		}
-		sum := sha256.Sum256(text)
-		*form.hash = sum[:]
+	if current, err = hashJSON(fields); err != nil {
+		return nil, nil, err
 	}
-	return current, former, nil
+	former, err = hashJSON([]any{c.title, c.description, c.completed})
+	return current, former, err
+}
+
+func hashJSON(v any) ([]byte, error) {
+	text, err := json.Marshal(v)
+	sum := sha256.Sum256(text)
+	return sum[:], err
 }
 
 // An insertedTask is the row that insert reads.
@@ -281,8 +280,8 @@ type insertedTask struct {
 	SameBody bool
 }
 
-// insert creates a task, at most one for each key. If there is one for the key, it returns that
-// task as it is now, and true, or errKeyReused if the task was created with another body.
+// insert creates a task. If the key was used before, it returns that request's task in its current
+// state, and true, or errKeyReused if the body was different.
 func (d *database) insert(
 	ctx context.Context, user string, c change, key *string,
 ) (t task, replayed bool, err error) {
@@ -295,8 +294,9 @@ func (d *database) insert(
 			return t, false, err
 		}
 	}
-	// DO UPDATE changes nothing. DO NOTHING would return no row, because the row of a concurrent
-	// request is not in this statement's snapshot. Only a row that existed before has an xmax.
+	// DO UPDATE sets the key to itself, so that RETURNING returns the existing row. DO NOTHING would
+	// not, and a SELECT in the same statement would not see the row of a concurrent request, which is
+	// not in its snapshot. xmax is 0 only in a new row.
 	row, err := queryRow(ctx, d, retryPolicy(key != nil), pgx.RowToStructByPos[insertedTask], `
 		INSERT INTO public.tasks (user_id, title, description, completed, idempotency_key, request_hash)
 		VALUES (@user_id, @title, @description, @completed, @key, @hash)
@@ -332,7 +332,7 @@ func readPage(q url.Values) (page, error) {
 	total := params.boolean("total")
 	p.total = total != nil && *total
 	if q.Has("before") && q.Has("offset") {
-		params.fail("before and offset exclude each other: send only one of them")
+		params.fail("before and offset must not be used together")
 	}
 	return p, params.err
 }
@@ -407,20 +407,20 @@ func (s *server) listTasks(
 
 // filter returns the columns that have the same value in all tasks of a list, and their values. An
 // index of the table begins with these columns.
-func (p page) filter(user string) (columns []string, args pgx.StrictNamedArgs) {
-	columns, args = []string{"user_id"}, pgx.StrictNamedArgs{"user_id": user}
+func (p page) filter(user string) (names []string, args pgx.StrictNamedArgs) {
+	names, args = []string{"user_id"}, pgx.StrictNamedArgs{"user_id": user}
 	if p.completed != nil {
-		columns, args["completed"] = append(columns, "completed"), *p.completed
+		names, args["completed"] = append(names, "completed"), *p.completed
 	}
-	return columns, args
+	return names, args
 }
 
 // list returns a page of tasks and, if there are more, the first task of the next page.
 //
 // The planner must scan one index backward from the cursor, whatever its statistics say. With
-// user_id = $1 AND id < $2 it sometimes filters, or sorts, all tasks of a user. A comparison of
-// rows leaves it one index in the right order. The first condition implies the second one, but
-// without the second one the generic plan of a prepared statement may sort.
+// user_id = $1 AND id < $2 it sometimes filters or sorts all tasks of a user. A row comparison fits
+// only one index, which returns the rows in order. The condition on user_id is redundant, but
+// without it the generic plan of a prepared statement may sort.
 func (d *database) list(ctx context.Context, user string, p page) ([]task, error) {
 	common, args := p.filter(user)
 	args["last"], args["limit"], args["offset"] = p.before-1, p.limit+1, p.offset
@@ -534,12 +534,16 @@ func (s *server) deleteTask(
 	if err != nil {
 		return err
 	}
-	_, err = s.db.modify(ctx, key, match, `DELETE FROM public.tasks`, pgx.StrictNamedArgs{})
-	if err != nil {
+	if err := s.db.delete(ctx, key, match); err != nil {
 		return err
 	}
 	w.WriteHeader(http.StatusNoContent)
 	return nil
+}
+
+func (d *database) delete(ctx context.Context, key taskKey, match *tagList) error {
+	_, err := d.modify(ctx, key, match, `DELETE FROM public.tasks`, pgx.StrictNamedArgs{})
+	return err
 }
 
 // modify runs an UPDATE or DELETE, to which it adds the WHERE and RETURNING clauses. It returns the
