@@ -33,8 +33,8 @@ const (
 // to loadUser(7) have 1,000 each, and of a million the user "deep" has 100,000.
 func fill(b *testing.B, tasks int) (databaseURL string) {
 	b.Helper()
-	databaseURL = ownDatabase(b)
-	d := openPrepared(b, databaseURL)
+	databaseURL = createDatabase(b)
+	d := startDB(b, openDB(b, databaseURL))
 	sqlExec(b, d.pool, fmt.Sprintf(`
 		INSERT INTO tasks (user_id, title, description, completed)
 		SELECT CASE WHEN i %% (%[1]d / 1000) < %[2]d THEN 'load-' || i %% (%[1]d / 1000)
@@ -150,7 +150,7 @@ func newCaller(b *testing.B, service string, requests ...string) *caller {
 func request(b *testing.B, user, method, path, body string) string {
 	b.Helper()
 	return fmt.Sprintf("%s /api/%s/tasks%s HTTP/1.1\r\nHost: todo\r\nAuthorization: %s\r\nContent-Type: application/json\r\n"+
-		"Content-Length: %d\r\n\r\n%s", method, user, path, authorization(b, user), len(body), body)
+		"Content-Length: %d\r\n\r\n%s", method, user, path, newClientOf(b, "", user).authorization, len(body), body)
 }
 
 // send sends the n-th request and returns the status of the response, which it reads to its end.
@@ -254,7 +254,7 @@ func median[T cmp.Ordered](values []T) T {
 func BenchmarkLoad(b *testing.B) {
 	const clients = 32
 	databaseURL := fill(b, 1_000_000)
-	d := openPrepared(b, databaseURL)
+	d := startDB(b, openDB(b, databaseURL))
 	var own [clients]string // each client updates its own task, so that none waits for a row lock
 	for i := range own {
 		own[i] = fmt.Sprint("/", nthTask(b, d, loadUser(i), 100+i/loadUsers))

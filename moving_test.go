@@ -5,7 +5,6 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
 	"regexp"
@@ -16,8 +15,6 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgconn"
-	"github.com/jackc/pgx/v5/pgxpool"
 )
 
 // The tests in this file run the SQL of docs/moving.md, each on a separate database.
@@ -160,22 +157,22 @@ func TestMovingBlocksAreAllTested(t *testing.T) {
 
 func TestMovingFromFastAPI(t *testing.T) {
 	t.Parallel()
-	for _, settings := range [][]string{
+	for _, session := range [][]string{
 		{"timezone", "UTC", "datestyle", "ISO, MDY"},
 		{"timezone", "America/New_York", "datestyle", "SQL, DMY"},
 		{"timezone", "Asia/Kathmandu", "datestyle", "German", "standard_conforming_strings", "off"},
 	} {
-		t.Run(strings.ReplaceAll(settings[1], "/", " "), func(t *testing.T) {
+		t.Run(strings.ReplaceAll(session[1], "/", " "), func(t *testing.T) {
 			t.Parallel()
-			moveFromFastAPI(t, settings)
+			moveFromFastAPI(t, session)
 		})
 	}
 }
 
-func moveFromFastAPI(t *testing.T, settings []string) {
-	u := ownDatabase(t)
-	d := openPrepared(t, u)
-	service := newService(t, d)
+func moveFromFastAPI(t *testing.T, session []string) {
+	u := createDatabase(t)
+	d := startDB(t, openDB(t, u))
+	service := startService(t, d, settings{}).url
 	alice, bob := newClientOf(t, service, "alice@example.com"), newClientOf(t, service,
 		strings.Repeat("b", 512))
 	sqlExec(t, d.pool, oldTable)
@@ -238,7 +235,7 @@ func moveFromFastAPI(t *testing.T, settings []string) {
 		t.Fatalf("TrimSpace leaves %q of the white space", got)
 	}
 
-	p := openPSQL(t, u, settings...)
+	p := openPSQL(t, u, session...)
 	p.run("task")
 	p.run("prepare")
 	if got := p.run("look"); !strings.Contains(got, "new|9|1|9\n") ||
@@ -366,9 +363,9 @@ func TestMovingForeignTasks(t *testing.T) {
 	for _, zone := range []string{"with", "without"} {
 		t.Run(zone+" time zone", func(t *testing.T) {
 			t.Parallel()
-			u := ownDatabase(t)
+			u := createDatabase(t)
 			p := openPSQL(t, u, "timezone", "Australia/Lord_Howe", "datestyle", "SQL, MDY")
-			d := openPrepared(t, u)
+			d := startDB(t, openDB(t, u))
 			sqlExec(t, d.pool, `DROP TABLE tasks`)
 			sqlExec(t, d.pool, `
 				CREATE TABLE tasks (
@@ -387,10 +384,10 @@ func TestMovingForeignTasks(t *testing.T) {
 			}
 
 			p.run("tasks")
-			d = openPrepared(t, u)
+			d = startDB(t, openDB(t, u))
 			p.run("prepare")
 			p.run("copy")
-			c := newClientOf(t, newService(t, d), user)
+			c := newClientOf(t, startService(t, d, settings{}).url, user)
 			created, updated := at(t, "2024-05-01 12:00:00.000001"), at(t, "2024-05-01 12:00:00.999999")
 			tasks := []wireTask{
 				{3, user, "task 2", nil, true, created, updated},
@@ -429,9 +426,9 @@ func TestMovingForeignTasks(t *testing.T) {
 // This service created tasks before the first copy moved the sequence.
 func TestMovingTakenIDs(t *testing.T) {
 	t.Parallel()
-	u := ownDatabase(t)
-	d := openPrepared(t, u)
-	service := newService(t, d)
+	u := createDatabase(t)
+	d := startDB(t, openDB(t, u))
+	service := startService(t, d, settings{}).url
 	alice, bob := newClientOf(t, service, "alice"), newClientOf(t, service, "bob")
 	own1, own2 := alice.create("own"), bob.create("own")
 	sqlExec(t, d.pool, oldTable)
@@ -466,9 +463,9 @@ func TestMovingTakenIDs(t *testing.T) {
 // The service creates and changes tasks while the copy runs, again and again.
 func TestMovingUnderTraffic(t *testing.T) {
 	t.Parallel()
-	u := ownDatabase(t)
-	d := openPrepared(t, u)
-	service := newService(t, d)
+	u := createDatabase(t)
+	d := startDB(t, openDB(t, u))
+	service := startService(t, d, settings{}).url
 	sqlExec(t, d.pool, oldTable)
 	const more = `INSERT INTO task (id, user_id, title, completed, created_at, updated_at)
 		SELECT $1::int + i, 'user ' || i % 4, 'old', false, now() - interval '1 hour',
@@ -537,8 +534,8 @@ func TestMovingUnderTraffic(t *testing.T) {
 // A change that commits while the copy waits for its row is newer and stays.
 func TestMovingWaitsForAChange(t *testing.T) {
 	t.Parallel()
-	u := ownDatabase(t)
-	d := openPrepared(t, u)
+	u := createDatabase(t)
+	d := startDB(t, openDB(t, u))
 	sqlExec(t, d.pool, oldTable)
 	sqlExec(t, d.pool, `INSERT INTO task VALUES
 		(1, 'u', 'old', NULL, false, '2024-05-01', '2024-05-01'),
@@ -574,16 +571,16 @@ func TestMovingWaitsForAChange(t *testing.T) {
 
 func TestMovingRestore(t *testing.T) {
 	t.Parallel()
-	from := openPrepared(t, ownDatabase(t))
-	alice := newClientOf(t, newService(t, from), "alice")
+	from := startDB(t, openDB(t, createDatabase(t)))
+	alice := newClientOf(t, startService(t, from, settings{}).url, "alice")
 	want := []wireTask{}
 	for i := range 5 {
 		want = slices.Insert(want, 0, alice.create(fmt.Sprint("task ", i, "\t\\")))
 	}
 	const columns = `(user_id, id, title, description, completed, created_at, updated_at,
 		idempotency_key, request_hash)`
-	u := ownDatabase(t)
-	to := openPrepared(t, u)
+	u := createDatabase(t)
+	to := startDB(t, openDB(t, u))
 	copyOut, err := from.pool.Acquire(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -608,7 +605,7 @@ func TestMovingRestore(t *testing.T) {
 	if got := p.run("sequence"); got != "" {
 		t.Errorf("the sequence, moved again: %s, want no row", got)
 	}
-	alice = newClientOf(t, newService(t, to), "alice")
+	alice = newClientOf(t, startService(t, to, settings{}).url, "alice")
 	alice.wantTasks(want...)
 	want = slices.Insert(want, 0, alice.create("after the restore"))
 	alice.wantTasks(want...)
@@ -625,7 +622,7 @@ func TestMovingRestore(t *testing.T) {
 	sqlExec(t, to.pool, `COMMENT ON TABLE tasks IS NULL`)
 	p.run("key")
 	p.run("comment")
-	openPrepared(t, u)
+	startDB(t, openDB(t, u))
 	if n := sqlValue[int](t, to.pool,
 		`SELECT count(*) FROM pg_index
 			WHERE indrelid = 'public.tasks'::regclass AND indisvalid`); n != 3 {
@@ -641,8 +638,8 @@ func TestMovingRestore(t *testing.T) {
 
 func TestMovingIndex(t *testing.T) {
 	t.Parallel()
-	u := ownDatabase(t)
-	d := openPrepared(t, u)
+	u := createDatabase(t)
+	d := startDB(t, openDB(t, u))
 	p := openPSQL(t, u)
 
 	// While a transaction writes to the table, the index cannot be completed.
@@ -658,7 +655,7 @@ func TestMovingIndex(t *testing.T) {
 		func() bool { return p.run("invalid") == "tasks_user_id_updated_at_idx\n" })
 	sqlExec(t, d.pool, `SELECT pg_cancel_backend(pid) FROM pg_stat_activity
 		WHERE datname = current_database() AND query LIKE 'CREATE INDEX CONCURRENTLY%'`)
-	if err := <-failed; !isCode(err, "57014") {
+	if err := <-failed; sqlState(err) != "57014" {
 		t.Errorf("create = %v, want it canceled", err)
 	}
 	tx.Rollback(t.Context())
@@ -691,22 +688,17 @@ func TestMovingSteps(t *testing.T) {
 	if err != nil || len(steps) != 5 {
 		t.Fatalf("steps = %v, %v, want five", steps, err)
 	}
-	u := ownDatabase(t)
-	d := openPrepared(t, u)
-	c := newClientOf(t, newService(t, d), "u")
+	u := createDatabase(t)
+	d := startDB(t, openDB(t, u))
+	c := newClientOf(t, startService(t, d, settings{}).url, "u")
 	before := c.create("before")
-	next := open(t, u, func(*pgxpool.Config) {})
+	next := openDB(t, u)
 	next.steps = slices.Concat(next.steps, steps[1:])
-	prepare(t, next)
+	startDB(t, next)
 	after := c.create("after")
 	c.wantTasks(after, before)
 	_, err = d.pool.Exec(t.Context(), `UPDATE tasks SET priority = NULL`)
-	if !isCode(err, "23502") {
+	if sqlState(err) != "23502" {
 		t.Errorf("priority = NULL: %v, want a violation of NOT NULL", err)
 	}
-}
-
-func isCode(err error, code string) bool {
-	pg, ok := errors.AsType[*pgconn.PgError](err)
-	return ok && pg.Code == code
 }

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"crypto/rand"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -70,8 +69,8 @@ func logTo(d *database) *lockedBuffer {
 // Each statement is prepared once on a connection. Its text does not depend on its arguments.
 func TestStatementsArePreparedOnce(t *testing.T) {
 	t.Parallel()
-	d := openPrepared(t, ownDatabase(t)) // one connection, and one session of the server
-	c := newClientOf(t, newService(t, d), "test-"+rand.Text())
+	d := startDB(t, openDB(t, createDatabase(t))) // one connection, and one session of the server
+	c := startService(t, d, settings{}).newClient()
 	for i := range 3 {
 		key := fmt.Sprint("key-of-the-create-", i)
 		c.do("POST", "", fmt.Sprintf(`{"title": "Keyed %d"}`, i), "Idempotency-Key", key)
@@ -117,8 +116,8 @@ func TestStatementsArePreparedOnce(t *testing.T) {
 // rolled back.
 func TestUnpreparedAfterAFailure(t *testing.T) {
 	t.Parallel()
-	u := ownDatabase(t)
-	sqlExec(t, openPrepared(t, u).pool, `
+	u := createDatabase(t)
+	sqlExec(t, startDB(t, openDB(t, u)).pool, `
 		CREATE SEQUENCE sent;
 		CREATE FUNCTION fail(state text) RETURNS int LANGUAGE plpgsql
 		AS $$ BEGIN RAISE EXCEPTION 'no' USING ERRCODE = state; END $$`)
@@ -132,9 +131,9 @@ func TestUnpreparedAfterAFailure(t *testing.T) {
 		{"0A000", 1, []int{2, 1}},
 		{"42P03", 0, []int{1, 1}}, // a duplicate cursor says nothing about preparing
 	} {
-		d := open(t, u, func(*pgxpool.Config) {})
+		d := openDB(t, u, func(*pgxpool.Config) {})
 		log := logTo(d)
-		prepare(t, d)
+		startDB(t, d)
 		for i, times := range row.failing {
 			sqlExec(t, d.pool, `ALTER SEQUENCE sent RESTART`)
 			_, err := query(t.Context(), d, noRetry, pgx.RowTo[int],
@@ -178,30 +177,33 @@ func TestPreparedStatementsUnderLoad(t *testing.T) {
 			clients.Wait()
 		}},
 		{"the server ends its sessions", 0, true, func(t *testing.T, _ *relay, db *database, _ int) {
-			endSessions(t, db)
+			endSessions(t, db.pool.Config().ConnString())
 		}},
 		{"the pooler restarts", 0, true, func(t *testing.T, r *relay, db *database, _ int) {
 			r.down.Store(true)
 			r.cut()
-			endSessions(t, db)
+			endSessions(t, db.pool.Config().ConnString())
 			r.down.Store(false)
 		}},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			takeTurns(t)
-			u := ownDatabase(t)
+			u := createDatabase(t)
 			want := row.fallbacks
 			if !poolerPrepares(t, u) {
 				want = 1
 			}
-			d, r := openDatabaseOver(t, u)
+			d, r := openOverRelay(t, u)
 			log := logTo(d)
-			prepare(t, d)
-			l, track := newLedger(t, newService(t, d), r.name), &tracker{RoundTripper: keepingConnections(t).Transport}
+			startDB(t, d)
+			db := openDB(t, u)
+			service := startService(t, d, settings{})
+			l := newLedger(t, db, service.url, r.name)
+			track := &tracker{RoundTripper: keepingConnections(t).Transport}
 			for _, c := range l.users {
 				c.http = &http.Client{Transport: track}
 			}
-			l.db, l.reads = openPreparedLike(t, d), !row.cut
+			l.reads = !row.cut
 			more := func(n int64) {
 				t.Helper()
 				before := l.made.Load()
@@ -209,11 +211,11 @@ func TestPreparedStatementsUnderLoad(t *testing.T) {
 			}
 			l.run()
 			for tick := range 4 {
-				row.fault(t, r, l.db, tick)
+				row.fault(t, r, db, tick)
 				more(200)
 			}
 			settled := log.failures(t)
-			row.fault(t, r, l.db, 4)
+			row.fault(t, r, db, 4)
 			more(200)
 			l.end()
 			l.check()
@@ -230,20 +232,11 @@ func TestPreparedStatementsUnderLoad(t *testing.T) {
 	}
 }
 
-// endSessions has the server end its sessions in a database.
-func endSessions(t *testing.T, db *database) {
-	t.Helper()
-	sqlExec(t, sharedDB.pool, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1`,
-		databaseName(t, db.pool.Config().ConnString()))
-}
-
 // retypingRelease changes the type of a column.
-var retypingRelease = sync.OnceValues(func() (string, error) {
-	return buildRelease("retyping", `
+var retypingRelease = laterRelease("retyping", `
 -- step 2: limit the description
 ALTER TABLE public.tasks ALTER COLUMN description TYPE varchar(2000);
 `)
-})
 
 // Releases whose schemas differ share no plans, not even in a pooler, which knows a statement by
 // its text: the later one works from the start. The earlier one, whose plans the step outdates,
@@ -251,18 +244,18 @@ ALTER TABLE public.tasks ALTER COLUMN description TYPE varchar(2000);
 func TestReleasesShareNoPlans(t *testing.T) {
 	t.Parallel()
 	takeTurns(t)
-	u := ownDatabase(t)
+	u := createDatabase(t)
 	wantLater := 0
 	if !poolerPrepares(t, u) {
 		wantLater = 1
 	}
 	first := startProcess(t, "DATABASE_URL="+u)
 	first.waitReady()
-	db := openPrepared(t, u)
+	db := startDB(t, openDB(t, u))
 	var ledgers []*ledger
 	load := func(p *process) {
-		l := newLedger(t, p.url, "todo-app")
-		l.db, l.reads = db, true
+		l := newLedger(t, db, p.url, "todo-app")
+		l.reads = true
 		ledgers = append(ledgers, l)
 		l.run()
 	}

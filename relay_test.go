@@ -19,31 +19,32 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// The faults that tests inject, and the load under which they do. There are no tests in this file.
+// This file contains the faults that tests inject between a service and its database, the load under
+// which they do it, and no test.
 
-// A relay carries the packets between a service and its database, below TLS,
-// and has the faults of networks, poolers and servers.
+// A relay carries the packets between a service and its database, below TLS. It has the faults of
+// networks, poolers and servers.
 type relay struct {
-	name         string       // application_name of the service
-	dials, trips atomic.Int64 // connections begun; requests that got an answer
-	delay        atomic.Int64 // of each answer, in nanoseconds
-	stalled      atomic.Bool  // packets wait
-	down         atomic.Bool  // whoever connects is hung up on
-	room         atomic.Int64 // beyond so many connections whoever connects is hung up on; 0 for no limit
-	loseRequests atomic.Int64 // so many are dropped before the server has them, with their connections
-	loseAnswers  atomic.Int64 // and so many when the server has done its work
-	forward      func() (net.Conn, error)
-	listener     net.Listener
+	name          string       // application_name of the service's sessions
+	dials, trips  atomic.Int64 // connections accepted; requests that got a response
+	delay         atomic.Int64 // of each response, in nanoseconds
+	stalled       atomic.Bool  // packets wait
+	down          atomic.Bool  // new connections are closed
+	room          atomic.Int64 // new connections are closed if there are this many; 0 for no limit
+	dropRequests  atomic.Int64 // this many requests never reach the server; their connections close
+	dropResponses atomic.Int64 // this many responses never reach the service; the server has done its work
+	forward       func() (net.Conn, error)
+	listener      net.Listener
 
 	mu    sync.Mutex
 	links map[*link]bool
 }
 
-// A link is one connection.
+// A link is one connection through a relay.
 type link struct {
 	client, server net.Conn
-	asked          atomic.Bool // a request was sent, its answer has not come
-	silent         atomic.Bool // packets are swallowed
+	pending        atomic.Bool // a request was sent and its response has not arrived
+	silent         atomic.Bool // packets are dropped
 }
 
 func (l *link) close() {
@@ -75,8 +76,8 @@ func (r *relay) serve() {
 			r.mu.Lock()
 			r.links[l] = true
 			r.mu.Unlock()
-			go r.pass(l, client, server, &r.loseRequests)
-			r.pass(l, server, client, &r.loseAnswers)
+			go r.pass(l, client, server, &r.dropRequests)
+			r.pass(l, server, client, &r.dropResponses)
 			r.mu.Lock()
 			delete(r.links, l)
 			r.mu.Unlock()
@@ -84,8 +85,8 @@ func (r *relay) serve() {
 	}
 }
 
-// pass carries one direction, until an end closes or lose says so.
-func (r *relay) pass(l *link, from, to net.Conn, lose *atomic.Int64) {
+// pass carries the packets of one direction until an end closes or a packet is dropped.
+func (r *relay) pass(l *link, from, to net.Conn, drop *atomic.Int64) {
 	defer l.close()
 	packet := make([]byte, 32<<10)
 	for {
@@ -96,17 +97,17 @@ func (r *relay) pass(l *link, from, to net.Conn, lose *atomic.Int64) {
 		for r.stalled.Load() {
 			time.Sleep(time.Millisecond)
 		}
-		answer := false
+		response := false
 		if from == l.client {
-			l.asked.Store(true)
-		} else if answer = l.asked.Swap(false); answer {
+			l.pending.Store(true)
+		} else if response = l.pending.Swap(false); response {
 			r.trips.Add(1)
 			time.Sleep(time.Duration(r.delay.Load()))
 		}
 		if l.silent.Load() {
 			continue
 		}
-		if (from == l.client || answer) && lose.Load() > 0 && lose.Add(-1) >= 0 {
+		if (from == l.client || response) && drop.Load() > 0 && drop.Add(-1) >= 0 {
 			return
 		}
 		if _, err := to.Write(packet[:n]); err != nil {
@@ -115,18 +116,19 @@ func (r *relay) pass(l *link, from, to net.Conn, lose *atomic.Int64) {
 	}
 }
 
+// heal ends all faults.
 func (r *relay) heal() {
 	r.down.Store(false)
 	r.stalled.Store(false)
 	r.delay.Store(0)
-	r.loseRequests.Store(0)
-	r.loseAnswers.Store(0)
+	r.dropRequests.Store(0)
+	r.dropResponses.Store(0)
 }
 
-// cut ends every connection, as a database or a pooler does that restarts.
+// cut closes every connection, as a database or a pooler does when it restarts.
 func (r *relay) cut() { r.each((*link).close) }
 
-// silence leaves every connection open, and nobody at its other end.
+// silence leaves every connection open without a server behind it.
 func (r *relay) silence() { r.each(func(l *link) { l.silent.Store(true) }) }
 
 func (r *relay) each(do func(*link)) {
@@ -137,25 +139,12 @@ func (r *relay) each(do func(*link)) {
 	}
 }
 
-// terminate has the server end every connection. Behind a pooler, a backend
-// may change hands between the look and the kill: no other test may run.
-func (r *relay) terminate(t *testing.T) {
-	sqlExec(t, sharedDB.pool, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = $1`, r.name)
-}
-
-// openOver is openPrepared for the tests' database, over a relay of its own.
-func openOver(t testing.TB) (*database, *relay) {
-	t.Helper()
-	d, r := openDatabaseOver(t, sharedDatabaseURL())
-	prepare(t, d)
-	return d, r
-}
-
-func openDatabaseOver(t testing.TB, databaseURL string) (*database, *relay) {
+// openOverRelay opens a database through a relay.
+func openOverRelay(t testing.TB, databaseURL string) (*database, *relay) {
 	t.Helper()
 	listener := listenLocally(t)
-	r := &relay{name: "test-" + rand.Text(), listener: listener, links: map[*link]bool{}}
-	d := open(t, databaseURL, func(config *pgxpool.Config) {
+	r := &relay{name: newUser(), listener: listener, links: map[*link]bool{}}
+	d := openDB(t, databaseURL, func(config *pgxpool.Config) {
 		conn := config.ConnConfig
 		network, address := pgconn.NetworkAddress(conn.Host, conn.Port)
 		r.forward = func() (net.Conn, error) { return net.Dial(network, address) }
@@ -169,16 +158,24 @@ func openDatabaseOver(t testing.TB, databaseURL string) (*database, *relay) {
 	return d, r
 }
 
-var crowded sync.Mutex
-
-// takeTurns makes a test, which opens as many connections as a service may,
-// wait for the others of that kind: Neon's smallest compute takes 97.
-func takeTurns(t *testing.T) {
-	crowded.Lock()
-	t.Cleanup(crowded.Unlock)
+// startOverRelay opens the tests' database through a relay, with the schema.
+func startOverRelay(t testing.TB) (*database, *relay) {
+	t.Helper()
+	d, r := openOverRelay(t, sharedDatabaseURL())
+	return startDB(t, d), r
 }
 
-// connect opens n connections, before anything goes wrong.
+// fullPools has room for the tests that open as many connections as an instance may: Neon's smallest
+// compute accepts 97.
+var fullPools = make(chan struct{}, 2)
+
+// takeTurns waits until few enough of those tests run.
+func takeTurns(t *testing.T) {
+	fullPools <- struct{}{}
+	t.Cleanup(func() { <-fullPools })
+}
+
+// connect opens n connections.
 func connect(t testing.TB, d *database, n int) {
 	t.Helper()
 	for range n {
@@ -194,7 +191,7 @@ func connect(t testing.TB, d *database, n int) {
 // done that has run for a while: the statements are prepared.
 func runStatements(t testing.TB, d *database, service string, n int) {
 	t.Helper()
-	c := newClientOf(t, service, "test-"+rand.Text())
+	c := newClientOf(t, service, newUser())
 	prepared := map[*pgx.Conn]bool{}
 	for range n {
 		var held []*pgxpool.Conn // all but one that has prepared nothing
@@ -210,7 +207,7 @@ func runStatements(t testing.TB, d *database, service string, n int) {
 		held[i].Release()
 		c.do("POST", "", `{"title": "keyed"}`, "Idempotency-Key", rand.Text())
 		for _, match := range []string{"*", `"another"`} {
-			task := fmt.Sprintf("/%d", c.create("plain").ID)
+			task := c.create("plain").path()
 			c.do("PATCH", task, `{}`, "If-Match", match)
 			c.do("DELETE", task, "", "If-Match", match)
 			c.do("GET", task, "")
@@ -226,46 +223,39 @@ func runStatements(t testing.TB, d *database, service string, n int) {
 	sqlExec(t, d.pool, `DELETE FROM public.tasks WHERE user_id = $1`, c.user)
 }
 
-// A ledger is what clients know of their tasks. Each task has a life: it is
-// new, then done, then open again, and half of them go.
+// A ledger is what clients know about their tasks while they create, complete, reopen and delete
+// them. check compares it with the database.
 type ledger struct {
 	t     *testing.T
 	users [8]*client
-	via   string       // the service's application_name
-	db    *database    // has its tasks
-	reads bool         // must always succeed
+	via   string       // the application_name of the service's sessions
+	db    *database    // that contains the tasks
+	reads bool         // lists must always succeed
 	made  atomic.Int64 // changes that were acknowledged
 
 	clients sync.WaitGroup
 	stop    atomic.Bool
 
 	mu     sync.Mutex
-	states map[string][]string // by title: which a task may be in
+	states map[string][]string // by title: the states in which a task may be
 }
 
-func newLedger(t *testing.T, service, via string) *ledger {
-	l := &ledger{t: t, via: via, db: sharedDB, states: map[string][]string{}}
+func newLedger(t *testing.T, d *database, service, via string) *ledger {
+	l := &ledger{t: t, via: via, db: d, states: map[string][]string{}}
 	for i := range l.users {
-		l.users[i] = newClientOf(t, service, "test-"+rand.Text())
+		l.users[i] = newClientOf(t, service, newUser())
 		l.users[i].http = keepingConnections(t)
 	}
 	return l
 }
 
-func (l *ledger) names() (names []string) {
-	for _, c := range l.users {
-		names = append(names, c.user)
-	}
-	return names
-}
-
-// run has 16 clients change tasks until end is called, or the test ends.
+// run starts 16 clients that change tasks until end is called or the test ends.
 func (l *ledger) run() {
 	for i := range 16 {
 		c := l.users[i%len(l.users)]
 		l.clients.Go(func() {
 			for n := 0; !l.stop.Load(); n++ {
-				l.life(c, fmt.Sprint(c.user, " ", i, " ", n), n)
+				l.changeTask(c, fmt.Sprint(c.user, " ", i, " ", n), n)
 			}
 		})
 	}
@@ -273,51 +263,58 @@ func (l *ledger) run() {
 	eventually(l.t, "load", func() bool { return l.made.Load() > 100 })
 }
 
-// end returns when the clients have ended.
+// end stops the clients.
 func (l *ledger) end() {
 	l.stop.Store(true)
 	l.clients.Wait()
 }
 
-func (l *ledger) life(c *client, title string, n int) {
-	tasks := "/api/" + c.user + "/tasks"
+// changeTask creates a task, completes it, reopens it and, every second time, deletes it. It gives up
+// at the first change that is not acknowledged.
+func (l *ledger) changeTask(c *client, title string, n int) {
 	var key []string
 	if n%2 == 0 {
 		key = []string{"Idempotency-Key", strings.ReplaceAll(title, " ", "-")}
 	}
-	a, created := l.change(c, title, "absent", "new", "POST", tasks, fmt.Sprintf(`{"title": %q}`, title), key...)
+	body := fmt.Sprintf(`{"title": %q}`, title)
+	a, created := l.change(c, title, "absent", "new", "POST", c.path(""), body, key...)
 	if created == 0 {
 		return
 	}
-	path := fmt.Sprint(tasks, "/", decode[wireTask](l.t, a.body).ID)
-	a, toggled := l.change(c, title, "new", "done", "PATCH", path+"/complete", "")
-	if toggled == 0 {
+	path := c.path(decode[wireTask](l.t, a.body).path())
+	a, completed := l.change(c, title, "new", "done", "PATCH", path+"/complete", "")
+	if completed == 0 {
 		return
 	}
-	_, opened := l.change(c, title, "done", "open", "PATCH", path, `{"completed": false}`, "If-Match", a.header.Get("ETag"))
-	if opened == 0 {
+	_, reopened := l.change(c, title, "done", "open", "PATCH", path, `{"completed": false}`,
+		"If-Match", a.header.Get("ETag"))
+	if reopened == 0 {
 		return
 	}
-	if n%4 < 2 && created == 1 { // or the first try, still under way, might make the task anew: its key goes with it
+	// If the create was repeated, its first request may still run. Once the task and its key are
+	// deleted, that request would create it again.
+	if n%4 < 2 && created == 1 {
 		l.change(c, title, "open", "absent", "DELETE", path, "")
 	}
-	a, err := c.try("GET", tasks+"?limit=5", "")
+	a, err := c.try("GET", c.path("?limit=5"), "")
 	if err != nil || a.status != 200 {
 		if l.reads || err == nil && a.status != 503 {
-			l.t.Errorf("list = %d %s %v, want 200", a.status, a.body, err)
+			l.t.Errorf("list = %v %v, want 200", a, err)
 		}
 		return
 	}
 	for _, task := range decode[[]wireTask](l.t, a.body) {
 		if task.UserID != c.user || !strings.HasPrefix(task.Title, c.user) {
-			l.t.Errorf("a list of %s has %+v", c.user, task)
+			l.t.Errorf("a list of %s contains %v", c.user, task)
 		}
 	}
 }
 
-// change sends a change that moves a task on, and returns at which try that is
-// known to have happened, or 0. Only with a header there is a second try.
-func (l *ledger) change(c *client, title, before, after, method, path, body string, header ...string) (answer, int) {
+// change sends a request that moves a task from one state to the next. It returns the number of the
+// request that was acknowledged, or 0. Only a request with a header is repeated.
+func (l *ledger) change(
+	c *client, title, before, after, method, path, body string, header ...string,
+) (answer, int) {
 	l.set(title, before, after)
 	for try := 1; ; try++ {
 		start := time.Now()
@@ -326,17 +323,17 @@ func (l *ledger) change(c *client, title, before, after, method, path, body stri
 			l.t.Errorf("%s %s took %v", method, path, took)
 		}
 		switch {
-		case err == nil && (a.status/100 == 2 || a.status == 412 && try > 1): // 412: a try before has done it
+		case err == nil && (a.status/100 == 2 || a.status == 412 && try > 1): // 412: an earlier try did it
 			l.set(title, after)
 			l.made.Add(1)
 			return a, try
-		case err == nil && (a.status != 503 || a.header.Get("Retry-After") == ""):
-			l.t.Errorf("%s %s = %d %s", method, path, a.status, a.body)
+		case err == nil && a.status != 503:
+			l.t.Errorf("%s %s = %v", method, path, a)
 			return a, 0
 		case header == nil || l.stop.Load():
 			return a, 0
 		case err != nil:
-			time.Sleep(10 * time.Millisecond) // it listens again, or the test ends
+			time.Sleep(10 * time.Millisecond) // the service listens again, or the test ends
 		}
 	}
 }
@@ -347,21 +344,26 @@ func (l *ledger) set(title string, states ...string) {
 	l.states[title] = states
 }
 
-// check compares the ledger with the database, when the statements have ended
-// whose clients have not waited for them. It returns how many changes were
-// made that nobody acknowledged.
+// check compares the ledger with the database, once the statements of requests without a response
+// have ended. It returns how many changes were made but not acknowledged.
 func (l *ledger) check() (unacknowledged int) {
 	l.t.Helper()
 	now := sqlValue[time.Time](l.t, l.db.pool, `SELECT clock_timestamp()`)
-	eventually(l.t, "end of the changes under way", func() bool {
+	eventually(l.t, "end of the running changes", func() bool {
 		return sqlValue[int](l.t, l.db.pool, `SELECT count(*) FROM pg_stat_activity
 			WHERE datname = current_database() AND state = 'active' AND query ~ 'tasks'
 			AND query_start < $1 AND application_name = $2 AND pid <> pg_backend_pid()`, now, l.via) == 0
 	})
+	var users []string
+	for _, c := range l.users {
+		users = append(users, c.user)
+	}
 	type row struct{ User, Title, State string }
 	rows, _ := l.db.pool.Query(l.t.Context(), `
-		SELECT user_id, title, CASE WHEN completed THEN 'done' WHEN updated_at = created_at THEN 'new' ELSE 'open' END
-		FROM public.tasks WHERE user_id = ANY ($1)`, l.names())
+		SELECT user_id, title,
+		       CASE WHEN completed THEN 'done' WHEN updated_at = created_at THEN 'new' ELSE 'open' END
+		FROM public.tasks
+		WHERE user_id = ANY ($1)`, users)
 	stored, err := pgx.CollectRows(rows, pgx.RowToStructByPos[row])
 	if err != nil {
 		l.t.Fatal(err)
@@ -369,19 +371,19 @@ func (l *ledger) check() (unacknowledged int) {
 	states := map[string]string{}
 	for _, r := range stored {
 		if states[r.Title] != "" || l.states[r.Title] == nil || !strings.HasPrefix(r.Title, r.User) {
-			l.t.Errorf("%q of %s is there twice, or was never sent", r.Title, r.User)
+			l.t.Errorf("%q of %s exists twice, or was never sent", r.Title, r.User)
 		}
 		states[r.Title] = r.State
 	}
 	doubtful := 0
-	for title, may := range l.states {
-		is := cmp.Or(states[title], "absent")
-		if !slices.Contains(may, is) {
-			l.t.Errorf("%q is %s, want %v", title, is, may)
+	for title, allowed := range l.states {
+		state := cmp.Or(states[title], "absent")
+		if !slices.Contains(allowed, state) {
+			l.t.Errorf("%q is %s, want %v", title, state, allowed)
 		}
-		if len(may) > 1 {
+		if len(allowed) > 1 {
 			doubtful++
-			if is == may[1] {
+			if state == allowed[1] {
 				unacknowledged++
 			}
 		}
@@ -390,7 +392,7 @@ func (l *ledger) check() (unacknowledged int) {
 	return unacknowledged
 }
 
-// tracks a client's requests: the longest, and how many got a 503.
+// A tracker is a transport that remembers the longest request and counts the 503 responses.
 type tracker struct {
 	http.RoundTripper
 	longest, unavailable atomic.Int64

@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"log/slog"
@@ -32,12 +33,13 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// The helpers of the tests: the shared service, clients, processes, databases. There are no tests in
-// this file.
+// This file contains what a test needs and no test: the service, clients, databases. The tests run
+// through HTTP on a real database, which others may use at the same time: each test has separate
+// users, or a separate database, and removes what it created.
 
 const testSecret = "a secret that only the tests use, 0123456789"
 
-// What most tests share: one service, in this process, over DATABASE_URL.
+// What most tests share: one service in this process on DATABASE_URL.
 var (
 	sharedDB   *database
 	sharedAuth *authenticator
@@ -45,7 +47,7 @@ var (
 )
 
 func TestMain(m *testing.M) {
-	switch os.Getenv("TODO_APP_TEST_RUNS") { // the test binary is another process, of a test
+	switch os.Getenv("TODO_APP_TEST_RUNS") { // this is a process that startProgram started
 	case "main":
 		main()
 		return
@@ -53,17 +55,21 @@ func TestMain(m *testing.M) {
 		serveBare()
 		return
 	}
-	if os.Getenv("DATABASE_URL") == "" {
-		fmt.Println("the tests need a database: run ./with-postgres go test ./..., or set DATABASE_URL to a Neon branch")
-		os.Exit(1)
-	}
+	// Most tests wait most of the time, so 12 of them run at once, unless -parallel is given.
+	flag.CommandLine.Parse(append([]string{"-test.parallel=12"}, os.Args[1:]...))
 	os.Exit(testMain(m))
 }
 
 func testMain(m *testing.M) int {
+	if os.Getenv("DATABASE_URL") == "" {
+		fmt.Println("The tests need a database: run ./with-postgres go test ./..., " +
+			"or set DATABASE_URL to a Neon branch.")
+		return 1
+	}
 	defer os.RemoveAll(releaseDir)
 	var err error
-	if sharedDB, err = openDatabase(os.Getenv("DATABASE_URL"), slog.New(slog.DiscardHandler)); err == nil {
+	sharedDB, err = openDatabase(os.Getenv("DATABASE_URL"), slog.New(slog.DiscardHandler))
+	if err == nil {
 		err = sharedDB.start(context.Background())
 	}
 	if err != nil {
@@ -75,81 +81,102 @@ func testMain(m *testing.M) int {
 		fmt.Println(err)
 		return 1
 	}
-	service := httptest.NewServer(newServer(sharedAuth, sharedDB, slog.New(slog.DiscardHandler), nil, ""))
-	defer service.Close()
-	sharedURL = service.URL
+	api := newServer(sharedAuth, sharedDB, slog.New(slog.DiscardHandler), nil, "")
+	listener := httptest.NewServer(api)
+	defer listener.Close()
+	sharedURL = listener.URL
 	return m.Run()
 }
 
-// A wireTask is what a client decodes: written out again, so that a change of
-// the wire format breaks a test.
-type wireTask struct {
-	ID          int64     `json:"id"`
-	UserID      string    `json:"user_id"`
-	Title       string    `json:"title"`
-	Description *string   `json:"description"`
-	Completed   bool      `json:"completed"`
-	CreatedAt   time.Time `json:"created_at"`
-	UpdatedAt   time.Time `json:"updated_at"`
+// A service is the product in this process.
+type service struct {
+	*server
+	t   testing.TB
+	url string
+	log lockedBuffer
 }
 
-// A client speaks to a service as one user.
+// startService starts a service on a database until the test ends. Of the settings it uses auth,
+// which is sharedAuth if nil, origins, logLevel and project.
+func startService(t testing.TB, d *database, set settings) *service {
+	t.Helper()
+	if set.auth == nil {
+		set.auth = sharedAuth
+	}
+	s := &service{t: t}
+	s.server = newServer(set.auth, d, newLogger(&s.log, set.logLevel), set.origins, set.project)
+	listener := httptest.NewServer(s.server)
+	t.Cleanup(listener.Close)
+	s.url = listener.URL
+	return s
+}
+
+// newClient returns a client of the service with a new user.
+func (s *service) newClient() *client {
+	s.t.Helper()
+	return newClientOf(s.t, s.url, newUser())
+}
+
+// A client sends requests as one user.
 type client struct {
 	t             testing.TB
 	http          *http.Client
-	service, user string
-	authorization string // "" sends none
+	service, user string // the service's URL
+	authorization string // "" to send none
 }
 
-// newClient returns a client of the shared service with a user of its own,
-// whose tasks are removed when the test ends.
+// newUser returns the id of a user that no other test has.
+func newUser() string { return "test-" + rand.Text() }
+
+// newClient returns a client of the shared service with a new user.
 func newClient(t testing.TB) *client {
 	t.Helper()
-	return newClientOf(t, sharedURL, "test-"+rand.Text())
+	return newClientOf(t, sharedURL, newUser())
 }
 
-// newClientOf is newClient for a user of that name and a service that keeps
-// its tasks in the tests' database too.
+// newClientOf returns a client of a service with a given user. When the test ends, it removes the
+// tasks of a user of newUser from the tests' database. Separate databases may have any users.
 func newClientOf(t testing.TB, service, user string) *client {
 	t.Helper()
-	t.Cleanup(func() {
-		if _, err := sharedDB.pool.Exec(context.Background(), `DELETE FROM tasks WHERE user_id = $1`, user); err != nil {
-			t.Errorf("remove the tasks of %s: %v", user, err)
-		}
-	})
-	return &client{t: t, http: http.DefaultClient, service: service, user: user, authorization: authorization(t, user)}
-}
-
-// authorization returns the header of a request of that user.
-func authorization(t testing.TB, user string) string {
-	t.Helper()
+	if strings.Contains(user, "test-") {
+		t.Cleanup(func() {
+			sqlExec(t, sharedDB.pool, `DELETE FROM public.tasks WHERE user_id = $1`, user)
+		})
+	}
 	token, err := sharedAuth.sign(user, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return "Bearer " + token
+	return &client{t, http.DefaultClient, service, user, "Bearer " + token}
 }
 
-// keepingConnections returns an HTTP client for many requests at a time, whose
-// connections live until the test ends. The default one keeps two.
+// keepingConnections returns an HTTP client for many concurrent requests, which keeps its
+// connections until the test ends. The default one keeps two.
 func keepingConnections(t testing.TB) *http.Client {
 	transport := &http.Transport{MaxIdleConnsPerHost: 64}
 	t.Cleanup(transport.CloseIdleConnections)
 	return &http.Client{Transport: transport}
 }
 
-// An answer is a response, read.
+// An answer is a response whose body was read.
 type answer struct {
 	status int
 	header http.Header
 	body   string
 }
 
-// do sends a request to a path under the user's tasks, such as "" or "/7".
-// Headers are given as name, value, name, value. A body is sent as JSON.
-func (c *client) do(method, path, body string, headers ...string) answer {
+func (a answer) String() string { return fmt.Sprintf("%d %.500s", a.status, a.body) }
+
+// path returns the path of something under the user's tasks, such as "" or "/7".
+func (c *client) path(suffix string) string {
+	return "/api/" + url.PathEscape(c.user) + "/tasks" + suffix
+}
+
+// do sends a request to a path under the user's tasks. Headers are given as name, value, name,
+// value; a name that is given twice is sent twice. A body is sent as JSON.
+func (c *client) do(method, suffix, body string, headers ...string) answer {
 	c.t.Helper()
-	return c.send(method, "/api/"+url.PathEscape(c.user)+"/tasks"+path, body, headers...)
+	return c.send(method, c.path(suffix), body, headers...)
 }
 
 // send is do for a whole path.
@@ -162,7 +189,7 @@ func (c *client) send(method, path, body string, headers ...string) answer {
 	return a
 }
 
-// try is send where no answer may come.
+// try is send for a request that may get no response.
 func (c *client) try(method, path, body string, headers ...string) (answer, error) {
 	r, err := http.NewRequest(method, c.service+path, strings.NewReader(body))
 	if err != nil {
@@ -175,7 +202,10 @@ func (c *client) try(method, path, body string, headers ...string) (answer, erro
 		r.Header.Set("Authorization", c.authorization)
 	}
 	for i := 0; i < len(headers); i += 2 {
-		r.Header.Set(headers[i], headers[i+1])
+		r.Header.Del(headers[i])
+	}
+	for i := 0; i < len(headers); i += 2 {
+		r.Header.Add(headers[i], headers[i+1])
 	}
 	res, err := c.http.Do(r)
 	if err != nil {
@@ -184,15 +214,120 @@ func (c *client) try(method, path, body string, headers ...string) (answer, erro
 	defer res.Body.Close()
 	text, err := io.ReadAll(res.Body)
 	a := answer{res.StatusCode, res.Header, string(text)}
-	if _, measured := c.t.(*testing.B); err == nil && !measured {
-		if err := undeclared(method, r.URL.EscapedPath(), a); err != nil {
-			c.t.Errorf("%s %s is not as openapi.json says: %v", method, path, err)
+	if _, benchmark := c.t.(*testing.B); err == nil && !benchmark {
+		if err := a.check(method, r.URL.EscapedPath()); err != nil {
+			c.t.Errorf("%s %s = %v %v: %v", method, path, a, a.header, err)
 		}
 	}
 	return a, err
 }
 
-// create makes a task of that title and returns it.
+// check validates what the contract promises of every response, and what openapi.json declares.
+func (a answer) check(method, path string) error {
+	for _, h := range []struct {
+		name, want string
+		applies    bool
+	}{
+		{"X-Content-Type-Options", "nosniff", true},
+		{"Cache-Control", "no-store", strings.HasPrefix(path, "/api/")},
+		{"Content-Type", "application/json", a.status >= 400},
+	} {
+		if h.applies && a.header.Get(h.name) != h.want {
+			return fmt.Errorf("%s is %q, want %q", h.name, a.header.Get(h.name), h.want)
+		}
+	}
+	if id := a.header.Get("X-Request-Id"); id == "" || len(id) > 128 {
+		return fmt.Errorf("X-Request-Id is %q", id)
+	}
+	if a.status >= 400 && method != http.MethodHead {
+		var e struct{ Detail string }
+		if err := decodeStrictly(a.body, &e); err != nil || e.Detail == "" {
+			return fmt.Errorf("it has no detail (%v)", err)
+		}
+	}
+	return undeclared(method, path, a)
+}
+
+// detail returns the text of an error response.
+func (a answer) detail() string {
+	var e struct{ Detail string }
+	json.Unmarshal([]byte(a.body), &e)
+	return e.Detail
+}
+
+// atOnce makes n concurrent requests, each of which must get a response, and returns these in order.
+func atOnce(t testing.TB, n int, request func(i int) (answer, error)) []answer {
+	t.Helper()
+	answers, errs := make([]answer, n), make([]error, n)
+	var all sync.WaitGroup
+	for i := range n {
+		all.Go(func() { answers[i], errs[i] = request(i) })
+	}
+	all.Wait()
+	if err := errors.Join(errs...); err != nil {
+		t.Fatal(err)
+	}
+	return answers
+}
+
+// inParallel runs n copies of f. The channel is closed when all have returned.
+func inParallel(n int, f func()) <-chan struct{} {
+	var all sync.WaitGroup
+	for range n {
+		all.Go(f)
+	}
+	done := make(chan struct{})
+	go func() {
+		all.Wait()
+		close(done)
+	}()
+	return done
+}
+
+// listUntil lists the user's tasks until done is closed, at least 30 times. It returns the median and
+// the maximum of the times that the lists took.
+func (c *client) listUntil(done <-chan struct{}) (median, longest time.Duration) {
+	c.t.Helper()
+	var times []time.Duration
+	for {
+		start := time.Now()
+		c.list("")
+		times = append(times, time.Since(start))
+		select {
+		case <-done:
+			if len(times) >= 30 {
+				slices.Sort(times)
+				return times[len(times)/2], times[len(times)-1]
+			}
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
+
+// A wireTask is what a client decodes. It repeats the wire format, so that a change of the format
+// breaks a test.
+type wireTask struct {
+	ID          int64     `json:"id"`
+	UserID      string    `json:"user_id"`
+	Title       string    `json:"title"`
+	Description *string   `json:"description"`
+	Completed   bool      `json:"completed"`
+	CreatedAt   time.Time `json:"created_at"`
+	UpdatedAt   time.Time `json:"updated_at"`
+}
+
+func (w wireTask) String() string {
+	text, _ := json.Marshal(w)
+	return string(text)
+}
+
+// path returns the task's path under the user's tasks.
+func (w wireTask) path() string { return fmt.Sprintf("/%d", w.ID) }
+
+// equalTasks compares values, also those behind pointers.
+func equalTasks(a, b wireTask) bool { return a.String() == b.String() }
+
+// create creates a task with a title.
 func (c *client) create(title string) wireTask {
 	c.t.Helper()
 	body, err := json.Marshal(map[string]string{"title": title})
@@ -201,16 +336,27 @@ func (c *client) create(title string) wireTask {
 	}
 	a := c.do("POST", "", string(body))
 	if a.status != http.StatusCreated {
-		c.t.Fatalf("create %q = %d %s, want 201", title, a.status, a.body)
+		c.t.Fatalf("create %q = %v, want 201", title, a)
 	}
 	return decode[wireTask](c.t, a.body)
 }
 
-// fill gives the client's user n tasks, of which each third is completed, and returns their ids, the newest first.
+// list returns the tasks of a list with a query such as "?limit=1".
+func (c *client) list(query string) []wireTask {
+	c.t.Helper()
+	a := c.do("GET", query, "")
+	if a.status != http.StatusOK {
+		c.t.Fatalf("list %s = %v, want 200", query, a)
+	}
+	return decode[[]wireTask](c.t, a.body)
+}
+
+// fill gives the user n tasks, of which every third one is completed, and returns their ids, the
+// newest first.
 func (c *client) fill(n int) (ids []int64) {
 	c.t.Helper()
 	rows, err := sharedDB.pool.Query(c.t.Context(), `
-		INSERT INTO tasks (user_id, title, completed)
+		INSERT INTO public.tasks (user_id, title, completed)
 		SELECT $1::text, 'task ' || i, i % 3 = 0
 		FROM generate_series(1, $2::int) AS i
 		RETURNING id`, c.user, n)
@@ -225,54 +371,23 @@ func (c *client) fill(n int) (ids []int64) {
 	return ids
 }
 
-// atOnce sends n requests of a client at the same time, and returns the answers in their order.
-func (c *client) atOnce(n int, request func(i int) (method, path, body string)) []answer {
-	c.t.Helper()
-	answers := make([]answer, n)
-	var all sync.WaitGroup
-	for i := range n {
-		all.Go(func() {
-			method, path, body := request(i)
-			var err error
-			if answers[i], err = c.try(method, "/api/"+url.PathEscape(c.user)+"/tasks"+path, body); err != nil {
-				c.t.Errorf("%s %s: %v", method, path, err)
-			}
-		})
-	}
-	all.Wait()
-	if c.t.Failed() {
-		c.t.FailNow()
-	}
-	return answers
-}
-
-// decode reads an answer's body, which must have no member that T lacks.
+// decode decodes JSON, which must have no member that T does not have.
 func decode[T any](t testing.TB, body string) (v T) {
 	t.Helper()
-	d := json.NewDecoder(bytes.NewReader([]byte(body)))
-	d.DisallowUnknownFields()
-	if err := d.Decode(&v); err != nil {
+	if err := decodeStrictly(body, &v); err != nil {
 		t.Fatalf("decode %s: %v", body, err)
 	}
 	return v
 }
 
-// detail returns the text of an error's answer, which must have nothing else.
-func detail(t testing.TB, a answer) string {
-	t.Helper()
-	return decode[struct{ Detail string }](t, a.body).Detail
+func decodeStrictly(body string, v any) error {
+	d := json.NewDecoder(strings.NewReader(body))
+	d.DisallowUnknownFields()
+	return d.Decode(v)
 }
 
-func equalTasks(a, b wireTask) bool {
-	if (a.Description == nil) != (b.Description == nil) || a.Description != nil && *a.Description != *b.Description {
-		return false
-	}
-	a.Description, b.Description = nil, nil
-	return a == b
-}
-
-// raw sends text as it is on a connection of its own.
-func raw(t testing.TB, service, text string) net.Conn {
+// dialRaw sends text as it is on a new connection, which is closed when the test ends.
+func dialRaw(t testing.TB, service, text string) net.Conn {
 	t.Helper()
 	conn, err := net.Dial("tcp", strings.TrimPrefix(service, "http://"))
 	if err != nil {
@@ -286,56 +401,33 @@ func raw(t testing.TB, service, text string) net.Conn {
 	return conn
 }
 
-// post is the text of a create by c, with further header lines.
-func (c *client) post(body string, headers ...string) string {
-	return fmt.Sprintf("POST /api/%s/tasks HTTP/1.1\r\nHost: todo\r\nAuthorization: %s\r\n%s\r\n\r\n%s",
-		c.user, c.authorization, strings.Join(headers, "\r\n"), body)
+// rawCreate returns the text of a create by c, with more header lines.
+func (c *client) rawCreate(body string, headers ...string) string {
+	return fmt.Sprintf("POST %s HTTP/1.1\r\nHost: todo\r\nAuthorization: %s\r\n%s\r\n\r\n%s",
+		c.path(""), c.authorization, strings.Join(headers, "\r\n"), body)
 }
 
-// readAnswer reads the one answer that is due on a connection.
+// readAnswer reads the one response that is expected on a connection.
 func readAnswer(t testing.TB, conn net.Conn) answer {
 	t.Helper()
 	res, err := http.ReadResponse(bufio.NewReader(conn), nil)
 	if err != nil {
-		t.Fatalf("read an answer: %v", err)
+		t.Fatalf("read a response: %v", err)
 	}
 	body, err := io.ReadAll(res.Body)
 	if err != nil {
-		t.Fatalf("read an answer's body: %v", err)
+		t.Fatalf("read the body of a response: %v", err)
 	}
 	return answer{res.StatusCode, res.Header, string(body)}
 }
 
-// closed reports whether the service closes a connection, and sends no more on it.
-func closed(conn net.Conn) bool {
+// isClosed reports whether the service closes a connection without sending anything more.
+func isClosed(conn net.Conn) bool {
 	n, err := conn.Read(make([]byte, 1))
 	return n == 0 && err != nil && !errors.Is(err, os.ErrDeadlineExceeded)
 }
 
-// newService returns the URL of a service of its own over the tests' database,
-// one instance of several or one with other settings.
-func newService(t testing.TB, db *database, origins ...string) string {
-	t.Helper()
-	service := httptest.NewServer(newServer(sharedAuth, db, slog.New(slog.DiscardHandler), origins, ""))
-	t.Cleanup(service.Close)
-	return service.URL
-}
-
-// serviceOf is a service of its own environment over the tests' database, with
-// its log, which is whole once the service is closed.
-func serviceOf(t testing.TB, secret, secrets, audience, issuer string) (*httptest.Server, *bytes.Buffer) {
-	t.Helper()
-	auth, err := newAuthenticator(secret, secrets, audience, issuer)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var log bytes.Buffer
-	service := httptest.NewServer(newServer(auth, sharedDB, newLogger(&log, slog.LevelDebug), nil, ""))
-	t.Cleanup(service.Close)
-	return service, &log
-}
-
-// A process is the whole service: the test binary, told by TestMain to run main.
+// A process is the service as a process.
 type process struct {
 	t      testing.TB
 	cmd    *exec.Cmd
@@ -344,24 +436,27 @@ type process struct {
 	exited chan struct{}
 }
 
-// startProcess starts the service on a free port and the tests' database.
-// Settings are given as "K=V", and win over those. It is killed when the test ends.
+// startProcess starts the service on a free port and the tests' database. Settings such as "K=V"
+// take precedence.
 func startProcess(t testing.TB, settings ...string) *process {
 	t.Helper()
-	program, err := os.Executable()
+	program, err := thisRelease()
 	if err != nil {
 		t.Fatal(err)
 	}
 	return startProgram(t, program, nil, settings...)
 }
 
-// startProgram is startProcess for another binary, or with arguments.
+// startProgram is startProcess for any program. The process is killed when the test ends.
 func startProgram(t testing.TB, program string, args []string, settings ...string) *process {
 	t.Helper()
 	port := freePort(t)
-	p := &process{t: t, cmd: exec.Command(program, args...), url: "http://127.0.0.1:" + port, exited: make(chan struct{})}
-	p.cmd.Env = append([]string{"TODO_APP_TEST_RUNS=main", "GORACE=atexit_sleep_ms=0", // with -race, an exit would take a second longer
-		"PORT=" + port, "DATABASE_URL=" + os.Getenv("DATABASE_URL"), "BETTER_AUTH_SECRET=" + testSecret}, settings...)
+	p := &process{t: t, cmd: exec.Command(program, args...), url: "http://127.0.0.1:" + port,
+		exited: make(chan struct{})}
+	p.cmd.Env = append([]string{"TODO_APP_TEST_RUNS=main", "PORT=" + port,
+		"DATABASE_URL=" + os.Getenv("DATABASE_URL"), "BETTER_AUTH_SECRET=" + testSecret,
+		"GORACE=atexit_sleep_ms=0", // with -race, an exit would take a second longer
+	}, settings...)
 	p.cmd.Stdout, p.cmd.Stderr = &p.output, &p.output
 	if err := p.cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -377,8 +472,8 @@ func startProgram(t testing.TB, program string, args []string, settings ...strin
 	return p
 }
 
-// freePort returns a TCP port on which nothing listens, below those that the
-// kernel gives to outgoing connections: one of them could take it meanwhile.
+// freePort returns a TCP port on which nothing listens. It is below those that the kernel assigns to
+// outgoing connections, one of which could take it in the meantime.
 func freePort(t testing.TB) string {
 	t.Helper()
 	for range 100 {
@@ -403,36 +498,14 @@ func listenLocally(t testing.TB) net.Listener {
 	return listener
 }
 
-// waitLive returns when /health/live answers.
-func (p *process) waitLive() {
+// newClient returns a client of the process with a new user, once the process is live.
+func (p *process) newClient() *client {
 	p.t.Helper()
-	eventually(p.t, "answer of /health/live", func() bool {
-		select {
-		case <-p.exited:
-			p.t.Fatalf("the service ended: %s", p.output.String())
-		default:
-		}
-		res, err := http.Get(p.url + "/health/live")
-		if err == nil {
-			res.Body.Close()
-		}
-		return err == nil && res.StatusCode == 200
-	})
+	p.waitLive()
+	return newClientOf(p.t, p.url, newUser())
 }
 
-func (p *process) waitReady() {
-	p.t.Helper()
-	eventually(p.t, "ready service", func() bool {
-		select {
-		case <-p.exited:
-			p.t.Fatalf("the service ended: %s", p.output.String())
-		default:
-		}
-		return p.health("ready") == 200
-	})
-}
-
-// health returns the status of a health route, 0 if nothing listens.
+// health returns the status of a health route, 0 if there is no response.
 func (p *process) health(route string) int {
 	res, err := http.Get(p.url + "/health/" + route)
 	if err != nil {
@@ -442,6 +515,28 @@ func (p *process) health(route string) int {
 	return res.StatusCode
 }
 
+func (p *process) waitLive() {
+	p.t.Helper()
+	p.waitHealth("live")
+}
+
+func (p *process) waitReady() {
+	p.t.Helper()
+	p.waitHealth("ready")
+}
+
+func (p *process) waitHealth(route string) {
+	p.t.Helper()
+	eventually(p.t, "200 of /health/"+route, func() bool {
+		select {
+		case <-p.exited:
+			p.t.Fatalf("the service exited: %s", p.output.String())
+		default:
+		}
+		return p.health(route) == 200
+	})
+}
+
 func (p *process) signal(s os.Signal) {
 	p.t.Helper()
 	if err := p.cmd.Process.Signal(s); err != nil {
@@ -449,50 +544,25 @@ func (p *process) signal(s os.Signal) {
 	}
 }
 
-// wait returns the exit status, -1 where a signal ended the process.
+// wait returns the exit status, -1 if a signal ended the process.
 func (p *process) wait(limit time.Duration) int {
 	p.t.Helper()
 	select {
 	case <-p.exited:
 	case <-time.After(limit):
-		p.t.Fatalf("the service still runs after %v: %s", limit, p.output.String())
+		p.t.Fatalf("the service has not exited after %v: %s", limit, p.output.String())
 	}
 	return p.cmd.ProcessState.ExitCode()
 }
 
-// request returns the log line of the request with that X-Request-Id.
-func (p *process) request(id string) (line map[string]any) {
-	p.t.Helper()
-	eventually(p.t, "log line of request "+id, func() bool {
-		for _, line = range p.output.lines(p.t) {
-			if line["request_id"] == id {
-				return true
-			}
-		}
-		return false
-	})
-	return line
-}
-
-// messages returns the log's messages of a severity, other than those of requests.
-func (p *process) messages(severity string) (messages []string) {
-	p.t.Helper()
-	for _, line := range p.output.lines(p.t) {
-		if line["severity"] == severity && line["message"] != "request" {
-			messages = append(messages, fmt.Sprint(line["message"], " ", line["reason"]))
-		}
-	}
-	return messages
-}
-
-// memory returns a figure of the process's memory, VmRSS for now or VmHWM for
-// the most, in bytes. It is 0 where it cannot be known or does not count.
+// memory returns a memory figure of the process in bytes: VmRSS for the current size, VmHWM for the
+// largest. It returns 0 where the figure is unknown or meaningless.
 func (p *process) memory(figure string) int {
 	p.t.Helper()
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
 	_, value, found := strings.Cut(string(status), figure+":")
 	if err != nil || !found || underRace() {
-		p.t.Log("memory not measured")
+		p.t.Log("memory was not measured")
 		return 0
 	}
 	kib, err := strconv.Atoi(strings.Fields(value)[0])
@@ -503,92 +573,71 @@ func (p *process) memory(figure string) int {
 	return kib << 10
 }
 
-// underRace reports whether the race detector runs, under which figures of
-// time and memory say nothing.
+// underRace reports whether the race detector runs, which distorts times and memory figures.
 func underRace() bool {
 	build, _ := debug.ReadBuildInfo()
 	return slices.Contains(build.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
 }
 
-// stopLimit is what a stop may take: Cloud Run kills after 10 s.
-const stopLimit = 9 * time.Second
+// A release returns the path of a binary of the service.
+type release func() (program string, err error)
 
-// releaseDir contains the binaries that the tests build. testMain removes it.
+// thisRelease is the test binary, which TestMain makes run main.
+func thisRelease() (string, error) { return os.Executable() }
+
+// releaseDir contains the binaries that the tests build.
 var releaseDir = filepath.Join(os.TempDir(), fmt.Sprint("todo-app-releases-", os.Getpid()))
 
-// Binaries of later releases, by the steps that they append to schema.sql. Each is built once.
-var (
-	laterSteps = `
--- step 2: add a column
-ALTER TABLE public.tasks ADD COLUMN priority integer;
-
--- step 3: record the release's name
-CREATE TABLE public.releases (name text);
-INSERT INTO public.releases VALUES ('it''s step 3');
-`
-	laterRelease = sync.OnceValues(func() (string, error) { return buildRelease("later", laterSteps) })
-
-	slowSteps = `
--- step 2: sleep for three seconds
-DO $$ BEGIN ASSERT current_setting('statement_timeout') = '0'; END $$;
-SELECT pg_sleep(3);
-
--- step 3: read titles as numbers
-SELECT sum(title::integer) FROM public.tasks;
-`
-	slowRelease = sync.OnceValues(func() (string, error) { return buildRelease("slow", slowSteps) })
-)
-
-// buildRelease builds this checkout with more steps, which leaves its files as they are.
-func buildRelease(name, steps string) (program string, err error) {
-	original, err := filepath.Abs("schema.sql")
-	if err != nil {
-		return "", err
-	}
-	file := func(name string) string { return filepath.Join(releaseDir, name) }
-	overlay, err := json.Marshal(map[string]any{"Replace": map[string]string{original: file(name + ".sql")}})
-	if err != nil {
-		return "", err
-	}
-	if err := os.MkdirAll(releaseDir, 0o700); err != nil {
-		return "", err
-	}
-	for path, text := range map[string]string{name + ".sql": schema + steps, name + ".json": string(overlay)} {
-		if err := os.WriteFile(file(path), []byte(text), 0o600); err != nil {
+// laterRelease returns a release of this code whose schema.sql has more steps. It is built once.
+func laterRelease(name, steps string) release {
+	return sync.OnceValues(func() (program string, err error) {
+		original, err := filepath.Abs("schema.sql")
+		if err != nil {
 			return "", err
 		}
-	}
-	if out, err := exec.Command("go", "build", "-overlay", file(name+".json"), "-o", file(name), ".").CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build the release %s: %w: %s", name, err, out)
-	}
-	return file(name), nil
+		program = filepath.Join(releaseDir, name)
+		overlay, err := json.Marshal(map[string]any{
+			"Replace": map[string]string{original: program + ".sql"}})
+		if err != nil {
+			return "", err
+		}
+		err = errors.Join(os.MkdirAll(releaseDir, 0o700),
+			os.WriteFile(program+".sql", []byte(schema+steps), 0o600),
+			os.WriteFile(program+".json", overlay, 0o600))
+		if err != nil {
+			return "", err
+		}
+		build := exec.Command("go", "build", "-overlay", program+".json", "-o", program, ".")
+		if out, err := build.CombinedOutput(); err != nil {
+			return "", fmt.Errorf("build the release %s: %w: %s", name, err, out)
+		}
+		return program, nil
+	})
 }
 
-// startRelease starts a later release on a database.
-func startRelease(t testing.TB, release func() (string, error), databaseURL string, args ...string) *process {
+// startRelease starts a release on a database, or runs a command of it.
+func startRelease(t testing.TB, binary release, databaseURL string, args ...string) *process {
 	t.Helper()
-	program, err := release()
+	program, err := binary()
 	if err != nil {
 		t.Fatal(err)
 	}
 	return startProgram(t, program, args, "DATABASE_URL="+databaseURL)
 }
 
-// runMigrate runs todo-app migrate to its end, with no setting but DATABASE_URL.
-func runMigrate(t testing.TB, release func() (string, error), databaseURL string) (status int, p *process) {
+// runMigrate runs `todo-app migrate` with no setting but DATABASE_URL.
+func runMigrate(t testing.TB, binary release, databaseURL string) (status int, p *process) {
 	t.Helper()
-	program, err := release()
+	program, err := binary()
 	if err != nil {
 		t.Fatal(err)
 	}
-	p = startProgram(t, program, []string{"migrate"}, "DATABASE_URL="+databaseURL, "BETTER_AUTH_SECRET=", "PORT=")
+	p = startProgram(t, program, []string{"migrate"}, "DATABASE_URL="+databaseURL,
+		"BETTER_AUTH_SECRET=", "PORT=")
 	return p.wait(20 * time.Second), p
 }
 
-// thisRelease is the test binary, which runs main.
-func thisRelease() (string, error) { return os.Executable() }
-
-// A lockedBuffer keeps what is logged.
+// A lockedBuffer collects a log.
 type lockedBuffer struct {
 	mu sync.Mutex
 	b  bytes.Buffer
@@ -606,7 +655,7 @@ func (l *lockedBuffer) String() string {
 	return l.b.String()
 }
 
-// lines returns the lines that are complete, each of which must be a JSON object.
+// lines returns the complete lines, each of which must be a JSON object.
 func (l *lockedBuffer) lines(t testing.TB) (lines []map[string]any) {
 	t.Helper()
 	text := l.String()
@@ -620,25 +669,52 @@ func (l *lockedBuffer) lines(t testing.TB) (lines []map[string]any) {
 	return lines
 }
 
-// eventually waits for a condition.
+// request returns the line of the request with that X-Request-Id.
+func (l *lockedBuffer) request(t testing.TB, id string) (line map[string]any) {
+	t.Helper()
+	eventually(t, "log line of request "+id, func() bool {
+		for _, line = range l.lines(t) {
+			if line["request_id"] == id && line["message"] == "request" {
+				return true
+			}
+		}
+		return false
+	})
+	return line
+}
+
+// messages returns the messages of a severity, with their reasons, except those of requests.
+func (l *lockedBuffer) messages(t testing.TB, severity string) (messages []string) {
+	t.Helper()
+	for _, line := range l.lines(t) {
+		if line["severity"] == severity && line["message"] != "request" {
+			messages = append(messages, fmt.Sprint(line["message"], " ", line["reason"]))
+		}
+	}
+	return messages
+}
+
+// eventually waits until a condition is true.
 func eventually(t testing.TB, what string, condition func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); !condition(); time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(deadline) {
+	for end := time.Now().Add(20 * time.Second); !condition(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
 			t.Fatalf("no %s in 20 s", what)
 		}
 	}
 }
 
-// open opens databaseURL with a changed configuration until the test ends. It
-// knows already whether a pooler is there.
-func open(t testing.TB, databaseURL string, change func(*pgxpool.Config)) *database {
+// openDB opens a database with a changed configuration until the test ends. Like the shared one, it
+// knows whether the host is a pooler. Before it runs statements, startDB must apply the schema.
+func openDB(t testing.TB, databaseURL string, changes ...func(*pgxpool.Config)) *database {
 	t.Helper()
 	config, _, err := poolConfig(databaseURL)
 	if err != nil {
 		t.Fatal(err)
 	}
-	change(config)
+	for _, change := range changes {
+		change(config)
+	}
 	d, err := newTracedDatabase(config)
 	if err != nil {
 		t.Fatal(err)
@@ -648,73 +724,76 @@ func open(t testing.TB, databaseURL string, change func(*pgxpool.Config)) *datab
 	return d
 }
 
-// openPrepared is open for a database that has the schema or gets it.
-func openPrepared(t testing.TB, databaseURL string) *database {
-	t.Helper()
-	d := open(t, databaseURL, func(*pgxpool.Config) {})
-	prepare(t, d)
-	return d
-}
-
-// openPreparedLike opens the same database once more.
-func openPreparedLike(t testing.TB, d *database) *database {
-	t.Helper()
-	return open(t, d.pool.Config().ConnString(), func(*pgxpool.Config) {})
-}
-
-func prepare(t testing.TB, d *database) {
+// startDB applies the schema and returns d.
+func startDB(t testing.TB, d *database) *database {
 	t.Helper()
 	if err := d.start(t.Context()); err != nil {
 		t.Fatal(err)
 	}
+	return d
 }
 
-// ownDatabase makes an empty database, with options of CREATE DATABASE, and returns its connection
-// string.
-func ownDatabase(t testing.TB, options ...string) string {
+// createDatabase creates an empty database, with options of CREATE DATABASE, and returns its
+// connection string. The database is dropped when the test ends.
+func createDatabase(t testing.TB, options ...string) string {
 	t.Helper()
 	name := "test_" + strings.ToLower(rand.Text())
 	sqlExec(t, sharedDB.pool, `CREATE DATABASE `+name+` `+strings.Join(options, ` `))
 	t.Cleanup(func() {
 		eventually(t, "removal of the test's database", func() bool { // autovacuum may be in it
 			_, err := sharedDB.pool.Exec(context.Background(), `DROP DATABASE `+name+` WITH (FORCE)`)
-			return err == nil || sqlState(err) == "3D000" // or an earlier try was successful
+			return err == nil || sqlState(err) == "3D000" // an earlier try succeeded
 		})
 	})
+	return changeURL(t, func(u *url.URL) { u.Path = "/" + name })
+}
+
+// sharedDatabaseURL returns the connection string of the tests' database.
+func sharedDatabaseURL() string { return sharedDB.pool.Config().ConnString() }
+
+// changeURL returns a changed connection string of the tests' database.
+func changeURL(t testing.TB, change func(*url.URL)) string {
+	t.Helper()
 	u, err := url.Parse(sharedDatabaseURL())
 	if err != nil {
 		t.Fatal(err)
 	}
-	u.Path = "/" + name
+	change(u)
 	return u.String()
 }
 
-// alterDatabase changes the settings of sessions that begin later.
+var testDatabase = regexp.MustCompile(`^/test_[a-z0-9]+$`)
+
+// databaseName returns the name of a database of createDatabase.
+func databaseName(t testing.TB, databaseURL string) string {
+	t.Helper()
+	u, err := url.Parse(databaseURL)
+	if err != nil || !testDatabase.MatchString(u.Path) {
+		t.Fatalf("%s is not a database of createDatabase: %v", databaseURL, err)
+	}
+	return u.Path[1:]
+}
+
+// alterDatabase changes the settings of later sessions of a database.
 func alterDatabase(t testing.TB, databaseURL, sql string) {
 	t.Helper()
 	sqlExec(t, sharedDB.pool, `ALTER DATABASE `+databaseName(t, databaseURL)+` `+sql)
 }
 
-// renewSessions has a pooler use new sessions of a database, which see its settings.
+// endSessions makes the server end every session of a database.
+func endSessions(t testing.TB, databaseURL string) {
+	t.Helper()
+	sqlExec(t, sharedDB.pool, `SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
+		WHERE datname = $1`, databaseName(t, databaseURL))
+}
+
+// renewSessions makes a pooler open new sessions of a database, which have its settings.
 func renewSessions(t testing.TB, databaseURL string) {
 	t.Helper()
 	if sharedDB.pooler.Load() {
-		sqlExec(t, sharedDB.pool, `SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = $1`, databaseName(t, databaseURL))
+		endSessions(t, databaseURL)
 	}
 }
-
-var testDatabase = regexp.MustCompile(`^/test_[a-z0-9_]+$`)
-
-func databaseName(t testing.TB, databaseURL string) string {
-	t.Helper()
-	u, err := url.Parse(databaseURL)
-	if err != nil || !testDatabase.MatchString(u.Path) {
-		t.Fatalf("%s is not a test's own database: %v", databaseURL, err)
-	}
-	return u.Path[1:]
-}
-
-func sharedDatabaseURL() string { return sharedDB.pool.Config().ConnString() }
 
 // A runner is a pool or a transaction.
 type runner interface {
@@ -749,14 +828,33 @@ func begin(t testing.TB, d *database) pgx.Tx {
 	return tx
 }
 
-// catalogState describes everything in the schema public. It changes with every statement that
-// changes a definition, even if it changes it to the same.
+// lockTasks locks the tasks of a user in the tests' database until the transaction ends.
+func lockTasks(t testing.TB, user string) pgx.Tx {
+	t.Helper()
+	tx := begin(t, sharedDB)
+	sqlExec(t, tx, `SELECT FROM public.tasks WHERE user_id = $1 FOR UPDATE`, user)
+	return tx
+}
+
+// waitBlocked waits until n sessions wait for a lock of a transaction.
+func waitBlocked(t testing.TB, tx pgx.Tx, n int) {
+	t.Helper()
+	pid := sqlValue[int](t, tx, `SELECT pg_backend_pid()`)
+	eventually(t, fmt.Sprint(n, " blocked sessions"), func() bool {
+		return sqlValue[int](t, sharedDB.pool, `SELECT count(*) FROM pg_stat_activity
+			WHERE $1 = ANY (pg_blocking_pids(pid))`, pid) == n
+	})
+}
+
+// catalogState describes everything in the schema public. Every statement that changes a definition
+// changes it, even if the new definition is the same.
 func catalogState(t testing.TB, on runner) string {
 	t.Helper()
 	return sqlValue[string](t, on, `
 		SELECT string_agg(line, E'\n' ORDER BY line)
 		FROM (SELECT format('%s %s %s %s', c.relname, c.oid, c.xmin,
-		                 (SELECT string_agg(concat(d.objsubid, d.description, d.xmin), ',' ORDER BY d.objsubid)
+		                 (SELECT string_agg(concat(d.objsubid, d.description, d.xmin), ','
+		                                    ORDER BY d.objsubid)
 		                  FROM pg_description d WHERE d.objoid = c.oid))
 		      FROM pg_class c WHERE c.relnamespace = 'public'::regnamespace
 		      UNION ALL
@@ -769,15 +867,17 @@ func catalogState(t testing.TB, on runner) string {
 		      WHERE c.relnamespace = 'public'::regnamespace) AS lines (line)`)
 }
 
-// A statementTracer keeps the statements about tasks that the service sent. It is set as the Tracer
-// of a configuration before newTracedDatabase.
+// A statementTracer records the service's statements about tasks. It must be the Tracer of the
+// configuration that openDB gets.
 type statementTracer struct {
 	*database
 	mu    sync.Mutex
 	asked []pgx.TraceQueryStartData
 }
 
-func (s *statementTracer) TraceQueryStart(ctx context.Context, conn *pgx.Conn, data pgx.TraceQueryStartData) context.Context {
+func (s *statementTracer) TraceQueryStart(
+	ctx context.Context, conn *pgx.Conn, data pgx.TraceQueryStartData,
+) context.Context {
 	if strings.Contains(data.SQL, "tasks") && !strings.Contains(data.SQL, "EXPLAIN") {
 		s.mu.Lock()
 		defer s.mu.Unlock()
@@ -786,7 +886,7 @@ func (s *statementTracer) TraceQueryStart(ctx context.Context, conn *pgx.Conn, d
 	return s.database.TraceQueryStart(ctx, conn, data)
 }
 
-// newTracedDatabase is newDatabase with a log that is discarded.
+// newTracedDatabase is newDatabase without a log. It keeps a statementTracer.
 func newTracedDatabase(config *pgxpool.Config) (*database, error) {
 	tracer, ok := config.ConnConfig.Tracer.(*statementTracer)
 	d, err := newDatabase(config, slog.New(slog.DiscardHandler))
@@ -796,7 +896,7 @@ func newTracedDatabase(config *pgxpool.Config) (*database, error) {
 	return d, err
 }
 
-// A plan is a node of what EXPLAIN (FORMAT JSON) says.
+// A plan is a node of the output of EXPLAIN (FORMAT JSON).
 type plan struct {
 	Type    string  `json:"Node Type"`
 	Index   string  `json:"Index Name"`
@@ -816,7 +916,7 @@ func (p plan) nodes() []plan {
 	return all
 }
 
-// explain returns the plan of a statement, and what running it took.
+// explain runs a statement and returns its plan.
 func explain(t testing.TB, d *database, asked pgx.TraceQueryStartData) plan {
 	t.Helper()
 	text := sqlValue[string](t, d.pool, `EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) `+asked.SQL, asked.Args...)
