@@ -30,6 +30,7 @@ func TestMetrics(t *testing.T) {
 		return value
 	}
 
+	d.unprepared.Store(true) // behind an old pooler a prepared statement may be sent twice
 	for range 3 {
 		c.create("counted")
 	}
