@@ -7,8 +7,10 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"slices"
 	"strconv"
@@ -149,8 +151,9 @@ func newCaller(b *testing.B, service string, requests ...string) *caller {
 // request returns the text of a request of a user.
 func request(b *testing.B, user, method, path, body string) string {
 	b.Helper()
-	return fmt.Sprintf("%s /api/%s/tasks%s HTTP/1.1\r\nHost: todo\r\nAuthorization: %s\r\nContent-Type: application/json\r\n"+
-		"Content-Length: %d\r\n\r\n%s", method, user, path, newClientOf(b, "", user).authorization, len(body), body)
+	return fmt.Sprintf("%s /api/%s/tasks%s HTTP/1.1\r\nHost: todo\r\nAuthorization: %s\r\n"+
+		"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s",
+		method, user, path, newClientOf(b, "", user).authorization, len(body), body)
 }
 
 // send sends the n-th request and returns the status of the response, which it reads to its end.
@@ -166,8 +169,8 @@ func (c *caller) send(n int) (status int, err error) {
 	return res.StatusCode, err
 }
 
-// load has all callers send requests for loadTime. It returns the number of successful responses and
-// of 503s.
+// load has all callers send requests for loadTime. It returns the number of successful responses
+// and of 503s.
 func load(b *testing.B, callers []*caller) (succeeded, unavailable int64) {
 	b.Helper()
 	var stop atomic.Bool
@@ -241,7 +244,8 @@ func measure(b *testing.B, service *process, postmaster string, callers []*calle
 		b.Errorf("%d responses are 503", unavailable)
 	}
 	per := func(d time.Duration) float64 { return d.Seconds() / float64(n) }
-	return usage{per(time.Since(start)), per(processorTime(pid) - before), per(processorTime(postmaster) - postgresBefore)}
+	return usage{wall: per(time.Since(start)), service: per(processorTime(pid) - before),
+		postgres: per(processorTime(postmaster) - postgresBefore)}
 }
 
 func median[T cmp.Ordered](values []T) T {
@@ -285,27 +289,25 @@ func BenchmarkLoad(b *testing.B) {
 			}
 			load(b, callers) // opens the pools' connections and prepares the statements
 			load(b, bareCallers)
-			var requests, cpu, postgres []float64
+			var requests, cpu, postgres, micros []float64
 			for b.Loop() {
 				s, o := measure(b, service, parent, callers), measure(b, bare, parent, bareCallers)
 				requests = append(requests, o.wall/s.wall)
 				cpu = append(cpu, s.service/o.service)
 				postgres = append(postgres, s.postgres/o.postgres)
-				if os.Getenv("BENCH_DEBUG") != "" {
-					fmt.Printf("%s service %.1f/%.1f/%.1f bare %.1f/%.1f/%.1f us\n", row.name, s.wall*1e6, s.service*1e6, s.postgres*1e6, o.wall*1e6, o.service*1e6, o.postgres*1e6)
-				}
+				micros = append(micros, s.service*1e6)
 			}
 			b.ReportMetric(median(requests), "req/bare")
 			b.ReportMetric(median(cpu), "cpu/bare")
 			b.ReportMetric(median(postgres), "pg-cpu/bare")
+			b.ReportMetric(median(micros), "cpu-us")
 			b.ReportMetric(0, "ns/op")
 		})
 	}
 }
 
-// BenchmarkStart starts the service on a database that has the schema, and
-// reports when, after exec, it listens, has its database, and has answered the
-// first list.
+// BenchmarkStart starts the service on a database that has the schema. It reports when, after exec,
+// the service listens, has its database, and has sent the response to a first list.
 func BenchmarkStart(b *testing.B) {
 	c := newClient(b)
 	c.create("Milk")
@@ -324,7 +326,9 @@ func BenchmarkStart(b *testing.B) {
 			}
 			time.Sleep(100 * time.Microsecond) // it does not listen yet
 		}
-		for name, message := range map[string]string{"listening-ms": "listening", "database-ms": "database ready"} {
+		for name, message := range map[string]string{
+			"listening-ms": "listening", "database-ms": "database ready",
+		} {
 			eventually(b, message, func() bool {
 				for _, line := range p.output.lines(b) {
 					if line["message"] == message {
@@ -344,4 +348,161 @@ func BenchmarkStart(b *testing.B) {
 		b.ReportMetric(float64(took[len(took)/2].Microseconds())/1000, name)
 	}
 	b.ReportMetric(0, "ns/op")
+}
+
+// inTurn sends the requests of two callers alternately and reports the ratio of their median times.
+func inTurn(b *testing.B, c, other *caller) {
+	b.Helper()
+	var times, otherTimes []time.Duration
+	for n := 0; b.Loop(); n++ {
+		for _, side := range []struct {
+			caller *caller
+			times  *[]time.Duration
+		}{{c, &times}, {other, &otherTimes}} {
+			start := time.Now()
+			if status, err := side.caller.send(n); err != nil || status != http.StatusOK {
+				b.Fatalf("%q = %d, %v", side.caller.requests[0], status, err)
+			}
+			*side.times = append(*side.times, time.Since(start))
+		}
+	}
+	b.ReportMetric(float64(median(times))/float64(median(otherTimes)), "time-ratio")
+	b.ReportMetric(0, "ns/op")
+}
+
+// BenchmarkMillion compares the time of a request among a million tasks with the time among ten
+// thousand, and that of page 1,000 of a list with that of page 1. The user has 1,000 tasks.
+func BenchmarkMillion(b *testing.B) {
+	large, small := fill(b, 1_000_000), fill(b, 10_000)
+	service, smallService := startQuiet(b, "main", large), startQuiet(b, "main", small)
+	d, smallDB := startDB(b, openDB(b, large)), startDB(b, openDB(b, small))
+	for _, row := range []struct{ name, path, smallPath string }{
+		{"list", "", ""},
+		{"get", fmt.Sprint("/", nthTask(b, d, loadUser(0), 500)),
+			fmt.Sprint("/", nthTask(b, smallDB, loadUser(0), 500))},
+	} {
+		b.Run(row.name, func(b *testing.B) {
+			inTurn(b, newCaller(b, service.url, request(b, loadUser(0), "GET", row.path, "")),
+				newCaller(b, smallService.url, request(b, loadUser(0), "GET", row.smallPath, "")))
+		})
+	}
+	b.Run("page1000", func(b *testing.B) {
+		last := fmt.Sprint("?limit=100&before=", nthTask(b, d, "deep", 99_899))
+		inTurn(b, newCaller(b, service.url, request(b, "deep", "GET", last, "")),
+			newCaller(b, service.url, request(b, "deep", "GET", "?limit=100", "")))
+	})
+}
+
+// BenchmarkDistance puts 64 clients on a service whose database is far away, with a pool of 15 and
+// with one of 60 connections, in alternate rounds.
+func BenchmarkDistance(b *testing.B) {
+	const clients = 64
+	for _, ms := range []int{5, 20, 100} {
+		roundTrip := time.Duration(ms) * time.Millisecond
+		b.Run(roundTrip.String(), func(b *testing.B) {
+			var sides [2][]*caller
+			for i, conns := range []int{defaultMaxConns, 60} {
+				d, r := openOverRelay(b, fmt.Sprint(sharedDatabaseURL(), "&pool_max_conns=", conns))
+				service := startService(b, startDB(b, d), settings{logLevel: slog.LevelError})
+				for j := range clients {
+					user := newUser()
+					if j >= loadUsers {
+						sides[i] = append(sides[i], newCaller(b, service.url, sides[i][j%loadUsers].requests[0]))
+						continue
+					}
+					newClientOf(b, service.url, user).create("Milk")
+					sides[i] = append(sides[i], newCaller(b, service.url, request(b, user, "GET", "", "")))
+				}
+				r.delay.Store(int64(roundTrip))
+				load(b, sides[i]) // opens the connections and prepares the statement
+			}
+			var rates [2][]float64
+			for b.Loop() {
+				for i, callers := range sides {
+					n, _ := load(b, callers)
+					rates[i] = append(rates[i], float64(n)/loadTime.Seconds())
+				}
+			}
+			b.ReportMetric(median(rates[0]), "15-req/s")
+			b.ReportMetric(median(rates[1]), "60-req/s")
+			b.ReportMetric(median(rates[1])/median(rates[0]), "60/15")
+			b.ReportMetric(0, "ns/op")
+		})
+	}
+}
+
+// BenchmarkInstances puts 64 clients on one instance and on eight, which only a pooler has room for
+// on a small compute. Every fourth request is a change.
+func BenchmarkInstances(b *testing.B) {
+	const clients = 64
+	var alone float64
+	for _, instances := range []int{1, 8} {
+		b.Run(fmt.Sprint(instances), func(b *testing.B) {
+			var urls []string
+			for range instances {
+				urls = append(urls, startQuiet(b, "main", sharedDatabaseURL()).url)
+			}
+			var callers []*caller
+			for i := range clients {
+				c := newClientOf(b, urls[i%instances], newUser())
+				list := request(b, c.user, "GET", "", "")
+				toggle := request(b, c.user, "PATCH", c.create("Milk").path()+"/complete", "")
+				callers = append(callers, newCaller(b, c.service, list, list, list, toggle))
+			}
+			load(b, callers) // opens the connections
+			var rates []float64
+			var sessions int
+			for b.Loop() {
+				n, unavailable := load(b, callers)
+				if unavailable > 0 {
+					b.Errorf("%d responses are 503", unavailable)
+				}
+				rates = append(rates, float64(n))
+				sessions = sqlValue[int](b, sharedDB.pool, `
+					SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()`)
+			}
+			alone = cmp.Or(alone, median(rates))
+			b.ReportMetric(median(rates)/alone, "req/one")
+			b.ReportMetric(float64(sessions), "server-sessions")
+			b.ReportMetric(0, "ns/op")
+		})
+	}
+}
+
+// BenchmarkParts measures what a request costs next to its statement and net/http.
+func BenchmarkParts(b *testing.B) {
+	c := newClient(b)
+	service := startService(b, sharedDB, settings{})
+	service.server.log = newLogger(io.Discard, slog.LevelInfo)
+	r := httptest.NewRequest("GET", "/api/"+c.user+"/tasks", nil)
+	r.Header.Set("Authorization", c.authorization)
+	r.Pattern = "GET /api/{user_id}/tasks"
+	w := &response{ResponseWriter: httptest.NewRecorder(), status: http.StatusOK}
+	_, timing := withTiming(b.Context())
+	b.Run("token", func(b *testing.B) {
+		for b.Loop() {
+			if _, err := service.auth.user(r); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	b.Run("turn", func(b *testing.B) {
+		for b.Loop() {
+			done, err := service.turns.take(b.Context(), sharedDB, c.user)
+			if err != nil {
+				b.Fatal(err)
+			}
+			done()
+		}
+	})
+	b.Run("metrics", func(b *testing.B) {
+		for b.Loop() {
+			service.metrics.observe("/api/{user_id}/tasks", "GET", http.StatusOK, time.Millisecond)
+		}
+	})
+	b.Run("log-and-metrics", func(b *testing.B) {
+		for b.Loop() {
+			service.record(w, r, timing, nil)
+		}
+	})
 }
