@@ -975,7 +975,7 @@ func (s *server) serve(ctx context.Context, port, metricsPort string) error {
 	if err != nil {
 		return err
 	}
-	defer public.Close()
+	defer socket.Close()
 	if metricsPort != "" {
 		mux := http.NewServeMux()
 		mux.HandleFunc("GET /metrics", s.serveMetrics)
