@@ -269,7 +269,7 @@ func TestErrorsOfAStatement(t *testing.T) {
 		{"read-only session", fault, args("25006", 2), noRetry, true, "25006", 2},
 		{"serialization failure", fault, args("40001", 4), noRetry, false, "", 5},
 		{"deadlock", fault, args("40P01", 4), noRetry, false, "", 5},
-		{"serialization failure, always", fault, args("40001", always), noRetry, true, "40001", many},
+		{"serialization failure, always", fault, args("40001", always), noRetry, true, "", many},
 		// Others of the same classes.
 		{"rollback", fault, args("40000", 1), noRetry, true, "40000", 1},
 		{"unknown completion", fault, args("40003", 1), noRetry, true, "40003", 1},
