@@ -72,7 +72,8 @@ func TestAbuse(t *testing.T) {
 		{"unfinished header names", get(head + headerNames(2_000) + "X-Slow: "), true, 1, ""},
 		{"header names, no token, no body", get("POST /api/x/tasks HTTP/1.1\r\nHost: todo\r\n" +
 			"Content-Length: 100\r\n" + headerNames(2_000) + "\r\n"), false, 12, "401"},
-		{"garbage after pipelined requests", get(strings.Repeat(head+"\r\n", pipelined) + "\x00\xff\r\n\r\n"),
+		{"garbage after pipelined requests", get(strings.Repeat(head+"\r\n", pipelined) +
+			"\x00\xff\r\n\r\n"),
 			false, 1, strings.Repeat("200 ", pipelined) + "400"},
 	} {
 		t.Run(row.name, func(t *testing.T) {
@@ -109,7 +110,8 @@ func TestAbuse(t *testing.T) {
 				t.Errorf("%d bytes of memory, want 128 MiB at most", peak)
 			}
 			if !underRace() && (median > 100*time.Millisecond || longest > 5*time.Second) {
-				t.Errorf("a list of another user takes %v (median), %v at most, want 100 ms and 5 s", median, longest)
+				t.Errorf("a list of another user takes %v (median), %v at most, want 100 ms and 5 s",
+					median, longest)
 			}
 		})
 	}
@@ -127,8 +129,8 @@ func headerNames(n int) string {
 // FuzzHandler sends any request to the whole handler, with the token of a user whose tasks no other
 // test sees.
 func FuzzHandler(f *testing.F) {
-	// With -fuzz, worker processes run this function too, and are killed. They must use the same users,
-	// whose tasks the first process removes.
+	// With -fuzz, worker processes run this function too, and are killed. They must use the same
+	// users, whose tasks the first process removes.
 	const variable = "TODO_APP_FUZZ_RUN"
 	run := cmp.Or(os.Getenv(variable), rand.Text())
 	f.Setenv(variable, run)
@@ -149,8 +151,10 @@ func FuzzHandler(f *testing.F) {
 		{"HEAD", task, "If-None-Match: W/\"1\", *\r\n", ""},
 		{"POST", c.path(""), asJSON, `{"title": "Milk", "description": null, "completed": true}`},
 		{"POST", c.path(""), asJSON + "Idempotency-Key: k\r\n", `{"title": "\u0000\ud83d\ude00"}`},
-		{"POST", c.path(""), "Idempotency-Key: \xff k\r\nContent-Type: x/y+json; charset\r\n", "{\"title\": \"\xff\"}"},
-		{"PUT", task, asJSON + "If-Match: \"253402300799999999\"\r\n", `{"title": "\u2003", "completed": null}`},
+		{"POST", c.path(""), "Idempotency-Key: \xff k\r\nContent-Type: x/y+json; charset\r\n",
+			"{\"title\": \"\xff\"}"},
+		{"PUT", task, asJSON + "If-Match: \"253402300799999999\"\r\n",
+			`{"title": "\u2003", "completed": null}`},
 		{"PATCH", task + "/complete", "If-Match: *\r\nIf-Match: \"-1\"\r\n", ``},
 		{"PATCH", task + "/complete", asJSON, `{"completed": true}{`},
 		{"DELETE", c.path("/9223372036854775808"), "", ""},
@@ -171,7 +175,8 @@ func FuzzHandler(f *testing.F) {
 		if !strings.Contains(headers, "Authorization") {
 			text += "Authorization: " + c.authorization + "\r\n"
 		}
-		if !strings.Contains(headers, "Transfer-Encoding") && !strings.Contains(headers, "Content-Length") {
+		if !strings.Contains(headers, "Transfer-Encoding") &&
+			!strings.Contains(headers, "Content-Length") {
 			text += fmt.Sprintf("Content-Length: %d\r\n", len(body))
 		}
 		in := io.MultiReader(strings.NewReader(text+"\r\n"), bytes.NewReader(body))

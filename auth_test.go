@@ -30,14 +30,15 @@ import (
 const (
 	hs256       = `{"alg":"HS256"}`
 	otherSecret = "another secret of the tests 9876543210 ä"
-	alphabet    = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_" // RFC 4648, section 5
-	invalid401  = `Bearer error="invalid_token"`
+	// RFC 4648, section 5
+	alphabet   = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+	invalid401 = `Bearer error="invalid_token"`
 )
 
 var base64url = base64.RawURLEncoding
 
-// makeToken signs a header and claims as they are. It does not use the product's JWT library, so that
-// the tests validate that library against the RFC.
+// makeToken signs a header and claims as they are. It does not use the product's JWT library, so
+// that the tests validate that library against the RFC.
 func makeToken(secret, header, claims string) string {
 	return signParts(secret, base64url.EncodeToString([]byte(header))+"."+base64url.EncodeToString([]byte(claims)))
 }
@@ -68,7 +69,8 @@ func validClaims(user, more string) string {
 // a part of a token or a secret.
 func longWords(texts ...string) (long []string) {
 	for _, text := range texts {
-		for _, word := range strings.FieldsFunc(text, func(c rune) bool { return strings.ContainsRune(" .,:=\"", c) }) {
+		for _, word := range strings.FieldsFunc(text,
+			func(c rune) bool { return strings.ContainsRune(" .,:=\"", c) }) {
 			if len(word) >= 12 {
 				long = append(long, word)
 			}
@@ -103,16 +105,19 @@ func TestAcceptedTokens(t *testing.T) {
 		{"odd typ", user, "Bearer", `{"alg":"HS256","typ":"at+jwt","x5t":1}`, validClaims(user, ``)},
 		{"extra claims", user, "Bearer", hs256,
 			validClaims(user, `,"id":"x","email":"x@example.com","Sub":"x","user":{"id":[1]},"roles":[null]`)},
-		{"aud string", user, "Bearer", hs256, validClaims(user, `,"aud":"web","iss":"https://example.com"`)},
+		{"aud string", user, "Bearer", hs256, validClaims(user,
+			`,"aud":"web","iss":"https://example.com"`)},
 		{"aud array", user, "Bearer", hs256, validClaims(user, `,"aud":["a","b"]`)},
 		{"iat in the future", user, "Bearer", hs256, validClaims(user, `,"iat":`+unixTime(24*time.Hour))},
 		{"iat in milliseconds", user, "Bearer", hs256, validClaims(user, `,"iat":`+unixTime(0)+`000`)},
 		{"iat a string", user, "Bearer", hs256, validClaims(user, `,"iat":"soon"`)},
 		{"iat null", user, "Bearer", hs256, validClaims(user, `,"iat":null`)},
 		{"fractional times", user, "Bearer", hs256,
-			fmt.Sprintf(`{"sub":%q,"exp":%s.75,"nbf":%s.25}`, user, unixTime(time.Hour), unixTime(-time.Hour))},
+			fmt.Sprintf(`{"sub":%q,"exp":%s.75,"nbf":%s.25}`, user, unixTime(time.Hour),
+				unixTime(-time.Hour))},
 		{"exponent", user, "Bearer", hs256, fmt.Sprintf(`{"sub":%q,"exp":2.5e11}`, user)},
-		{"last second of 9999", user, "Bearer", hs256, fmt.Sprintf(`{"sub":%q,"exp":253402300799}`, user)},
+		{"last second of 9999", user, "Bearer", hs256,
+			fmt.Sprintf(`{"sub":%q,"exp":253402300799}`, user)},
 		{"nbf in 1970", user, "Bearer", hs256, validClaims(user, `,"nbf":0`)},
 		{"scheme in lower case", user, "bearer", hs256, validClaims(user, ``)},
 		{"scheme in mixed case", user, "bEARER", hs256, validClaims(user, ``)},
@@ -199,9 +204,12 @@ func TestRejectedTokens(t *testing.T) {
 		{"Basic", []string{name, "Basic " + token}, "", "Bearer", missing},
 		{"no scheme", []string{name, token}, "", "Bearer", missing},
 		{"query", nil, "?access_token=" + token + "&token=" + token, "Bearer", missing},
-		{"cookies", []string{"Cookie", "better-auth.session_token=" + token + "; token=" + token}, "", "Bearer", missing},
-		{"other headers", []string{"X-Auth-Token", token, "Proxy-Authorization", "Bearer " + token}, "", "Bearer", missing},
-		{"two headers", []string{name, "Bearer " + token, name, "Bearer " + token}, "", invalid401, twice},
+		{"cookies", []string{"Cookie", "better-auth.session_token=" + token + "; token=" + token}, "",
+			"Bearer", missing},
+		{"other headers", []string{"X-Auth-Token", token, "Proxy-Authorization", "Bearer " + token}, "",
+			"Bearer", missing},
+		{"two headers", []string{name, "Bearer " + token, name, "Bearer " + token}, "", invalid401,
+			twice},
 		{"two schemes", []string{name, "Basic eDp5", name, "Bearer " + token}, "", invalid401, twice},
 	}
 	for _, row := range []struct{ name, token, reason string }{
@@ -222,15 +230,18 @@ func TestRejectedTokens(t *testing.T) {
 		{"empty crit", makeToken(testSecret, `{"alg":"HS256","crit":[]}`, valid), "crit"},
 		{"crit null", makeToken(testSecret, `{"alg":"HS256","crit":null}`, valid), "crit"},
 
-		{"another secret", makeToken("a third secret, which this service does not have", hs256, valid), signature},
+		{"another secret", makeToken("a third secret, which this service does not have", hs256, valid),
+			signature},
 		{"empty secret", makeToken("", hs256, valid), signature},
 		{"no signature", part[0] + "." + part[1] + ".", signature},
 		{"cut signature", token[:len(token)-3], signature},
-		{"other claims", part[0] + "." + base64url.EncodeToString([]byte(validClaims("u", ``))) + "." + part[2], signature},
+		{"other claims", part[0] + "." + base64url.EncodeToString([]byte(validClaims("u", ``))) + "." +
+			part[2], signature},
 
 		{"opaque", rand.Text() + rand.Text(), parts},
 		{"session cookie", rand.Text() + "." + part[2], parts},
-		{"JWE", base64url.EncodeToString([]byte(`{"alg":"dir","enc":"A256GCM"}`)) + ".." + part[1] + ".a.b", parts},
+		{"JWE", base64url.EncodeToString([]byte(`{"alg":"dir","enc":"A256GCM"}`)) + ".." + part[1] +
+			".a.b", parts},
 		{"four parts", token + "." + part[2], parts},
 		{"dot after", token + ".", parts},
 		{"dot before", "." + token, parts},
@@ -260,11 +271,13 @@ func TestRejectedTokens(t *testing.T) {
 		{"header null", makeToken(testSecret, `null`, valid), algorithm},
 
 		{"no exp", of(fmt.Sprintf(`{"sub":%q,"iat":%s}`, user, unixTime(0))), "has no exp"},
-		{"exp under another name", of(fmt.Sprintf(`{"sub":%q,"Exp":%s}`, user, unixTime(time.Hour))), "has no exp"},
+		{"exp under another name", of(fmt.Sprintf(`{"sub":%q,"Exp":%s}`, user, unixTime(time.Hour))),
+			"has no exp"},
 		{"expired", of(fmt.Sprintf(`{"sub":%q,"exp":%s}`, user, unixTime(-time.Minute))), ": expired"},
 		{"exp 0", of(fmt.Sprintf(`{"sub":%q,"exp":0}`, user)), ""},
 		{"exp before 1970", of(fmt.Sprintf(`{"sub":%q,"exp":-1}`, user)), ""},
-		{"exp in milliseconds", of(fmt.Sprintf(`{"sub":%q,"exp":%s000}`, user, unixTime(time.Hour))), years},
+		{"exp in milliseconds", of(fmt.Sprintf(`{"sub":%q,"exp":%s000}`, user, unixTime(time.Hour))),
+			years},
 		{"exp in 10000", of(fmt.Sprintf(`{"sub":%q,"exp":253402300800}`, user)), years},
 		{"exp beyond int64", of(fmt.Sprintf(`{"sub":%q,"exp":1e300}`, user)), ""},
 		{"exp beyond float64", of(fmt.Sprintf(`{"sub":%q,"exp":1e400}`, user)), ""},
@@ -283,13 +296,15 @@ func TestRejectedTokens(t *testing.T) {
 		{"no sub", of(`{"exp":` + unixTime(time.Hour) + `}`), subject},
 		{"sub empty", of(validClaims("", ``)), subject},
 		{"sub a number", of(`{"sub":1,"exp":` + unixTime(time.Hour) + `}`), "sub is not a string"},
-		{"sub null", of(fmt.Sprintf(`{"sub":null,"id":%q,"exp":%s}`, user, unixTime(time.Hour))), subject},
+		{"sub null", of(fmt.Sprintf(`{"sub":null,"id":%q,"exp":%s}`, user, unixTime(time.Hour))),
+			subject},
 		{"sub an array", of(fmt.Sprintf(`{"sub":[%q],"exp":%s}`, user, unixTime(time.Hour))), subject},
 		{"sub of 513 bytes", of(validClaims(strings.Repeat("ä", 256)+"x", ``)), subject},
 		{"sub with U+0000", of(`{"sub":"a\u0000","exp":` + unixTime(time.Hour) + `}`), subject},
 		{"sub with half a pair", of(`{"sub":"a\ud800","exp":` + unixTime(time.Hour) + `}`), subject},
 		{"sub not UTF-8", of(`{"sub":"a` + "\xff" + `","exp":` + unixTime(time.Hour) + `}`), subject},
-		{"Sub", of(fmt.Sprintf(`{"Sub":%q,"SUB":%q,"exp":%s}`, user, user, unixTime(time.Hour))), subject},
+		{"Sub", of(fmt.Sprintf(`{"Sub":%q,"SUB":%q,"exp":%s}`, user, user, unixTime(time.Hour))),
+			subject},
 		{"id", of(fmt.Sprintf(`{"id":%q,"exp":%s}`, user, unixTime(time.Hour))), subject},
 		{"userId", of(fmt.Sprintf(`{"userId":%q,"exp":%s}`, user, unixTime(time.Hour))), subject},
 		{"user_id", of(fmt.Sprintf(`{"user_id":%q,"exp":%s}`, user, unixTime(time.Hour))), subject},
@@ -297,10 +312,12 @@ func TestRejectedTokens(t *testing.T) {
 		{"session cache", of(fmt.Sprintf(`{"session":{"userId":%q},"user":{"id":%q,"sub":%q},"exp":%s}`,
 			user, user, user, unixTime(time.Hour))), subject},
 	} {
-		requests = append(requests, request{row.name, []string{name, "Bearer " + row.token}, "", invalid401, row.reason})
+		requests = append(requests, request{row.name, []string{name, "Bearer " + row.token}, "",
+			invalid401, row.reason})
 	}
 
-	service := startService(t, sharedDB, settings{auth: newAuth(t, testSecret, "2:"+otherSecret, "", "")})
+	service := startService(t, sharedDB, settings{auth: newAuth(t, testSecret, "2:"+otherSecret, "",
+		"")})
 	c := newClientOf(t, service.url, user)
 	c.authorization = ""
 	secrets := []string{testSecret, otherSecret} // what the log must not contain
@@ -312,7 +329,8 @@ func TestRejectedTokens(t *testing.T) {
 		secrets = append(secrets, sent...)
 		id := fmt.Sprint("row", i)
 		a := c.do("GET", row.query, "", append(row.headers, "X-Request-Id", id)...)
-		if got := a.header["Www-Authenticate"]; a.status != 401 || !slices.Equal(got, []string{row.challenge}) {
+		if got := a.header["Www-Authenticate"]; a.status != 401 ||
+			!slices.Equal(got, []string{row.challenge}) {
 			t.Errorf("%s: %v, WWW-Authenticate %q, want 401, %q", row.name, a, got, row.challenge)
 		}
 		for _, word := range sent {
@@ -320,7 +338,8 @@ func TestRejectedTokens(t *testing.T) {
 				t.Errorf("%s: the response repeats %s of the token: %s", row.name, word, all)
 			}
 		}
-		if reason := fmt.Sprint(service.log.request(t, id)["error"]); !strings.Contains(reason, row.reason) {
+		if reason := fmt.Sprint(service.log.request(t, id)["error"]); !strings.Contains(reason,
+			row.reason) {
 			t.Errorf("%s: the log says %q, want %q", row.name, reason, row.reason)
 		}
 	}
@@ -331,8 +350,8 @@ func TestRejectedTokens(t *testing.T) {
 	}
 }
 
-// In the bubble the clock stands still, so the leeway is exact. No request may wait for the database
-// there, so the path is another user's: a 403 tells that the token was accepted.
+// In the bubble the clock stands still, so the leeway is exact. No request may wait for the
+// database there, so the path is another user's: a 403 tells that the token was accepted.
 func TestLeeway(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -353,7 +372,8 @@ func TestLeeway(t *testing.T) {
 			w := httptest.NewRecorder()
 			service.ServeHTTP(w, r)
 			if w.Code != row.status {
-				t.Errorf("at %s, exp %s, nbf %s = %d, want %d", unixTime(0), row.exp, row.nbf, w.Code, row.status)
+				t.Errorf("at %s, exp %s, nbf %s = %d, want %d",
+					unixTime(0), row.exp, row.nbf, w.Code, row.status)
 			}
 		}
 	})
@@ -382,9 +402,11 @@ func TestAudienceAndIssuer(t *testing.T) {
 		{"api", "us", `,"aud":"us","iss":"us"`, "aud is not JWT_AUDIENCE"},
 		{"api", "us", `,"aud":"api","iss":"them"`, "iss is not JWT_ISSUER"},
 	} {
-		service := startService(t, sharedDB, settings{auth: newAuth(t, testSecret, "", row.audience, row.issuer)})
+		service := startService(t, sharedDB, settings{auth: newAuth(t, testSecret, "", row.audience,
+			row.issuer)})
 		c := service.newClient()
-		a := c.listWith(makeToken(testSecret, hs256, validClaims(c.user, row.claims)), "X-Request-Id", "x")
+		a := c.listWith(makeToken(testSecret, hs256, validClaims(c.user, row.claims)), "X-Request-Id",
+			"x")
 		where := fmt.Sprintf("JWT_AUDIENCE=%s JWT_ISSUER=%s and %s", row.audience, row.issuer, row.claims)
 		if row.reason == "" {
 			if a.status != 200 {
@@ -395,7 +417,8 @@ func TestAudienceAndIssuer(t *testing.T) {
 		if challenge := a.header.Get("WWW-Authenticate"); a.status != 401 || challenge != invalid401 {
 			t.Errorf("%s: %v, WWW-Authenticate %s, want 401, %s", where, a, challenge, invalid401)
 		}
-		if reason := fmt.Sprint(service.log.request(t, "x")["error"]); !strings.Contains(reason, row.reason) {
+		if reason := fmt.Sprint(service.log.request(t, "x")["error"]); !strings.Contains(reason,
+			row.reason) {
 			t.Errorf("%s: the log says %q, want %q", where, reason, row.reason)
 		}
 	}
@@ -403,7 +426,8 @@ func TestAudienceAndIssuer(t *testing.T) {
 
 func TestSecrets(t *testing.T) {
 	t.Parallel()
-	encoded := base64.StdEncoding.EncodeToString([]byte(testSecret)) // as `openssl rand -base64 32` prints it
+	// as `openssl rand -base64 32` prints it
+	encoded := base64.StdEncoding.EncodeToString([]byte(testSecret))
 	const (
 		a = "secret a of the tests; 0123456789 äöü"
 		b = "secret b of the tests: 0123456789 =+/"
@@ -416,16 +440,20 @@ func TestSecrets(t *testing.T) {
 	}{
 		{a, "", a, []string{a}, []string{b, "", a[:len(a)-1]}},
 		{encoded, "", encoded, []string{encoded}, []string{testSecret}},
-		{"  " + a + "\n", "", "  " + a + "\n", []string{"  " + a + "\n"}, []string{a, a + "\n", "  " + a}},
+		{"  " + a + "\n", "", "  " + a + "\n", []string{"  " + a + "\n"},
+			[]string{a, a + "\n", "  " + a}},
 		{"", "1:" + a, a, []string{a}, []string{b, "1:" + a}},
 		{"", "2:" + b + ",1:" + a, b, []string{a, b}, []string{c, ""}},
-		{"", "1:" + b + ",2:" + a, b, []string{a, b}, []string{c}}, // the first one signs, not the highest
-		{"", " 2 : " + b + " ,\t1:" + a + "\n", b, []string{a, b}, []string{" " + b, " " + b + " ", a + "\n"}},
+		// the first one signs, not the highest
+		{"", "1:" + b + ",2:" + a, b, []string{a, b}, []string{c}},
+		{"", " 2 : " + b + " ,\t1:" + a + "\n", b, []string{a, b},
+			[]string{" " + b, " " + b + " ", a + "\n"}},
 		{c, "2:" + b + ",1:" + a, c, []string{a, b, c}, []string{testSecret}},
 		{c, "7:" + c + ",0:" + a, c, []string{a, c}, []string{b}},
 	} {
 		where := fmt.Sprintf("BETTER_AUTH_SECRET=%q BETTER_AUTH_SECRETS=%q", row.secret, row.secrets)
-		client := startService(t, sharedDB, settings{auth: newAuth(t, row.secret, row.secrets, "", "")}).newClient()
+		client := startService(t, sharedDB, settings{auth: newAuth(t, row.secret, row.secrets, "",
+			"")}).newClient()
 		for status, secrets := range map[int][]string{200: row.accepted, 401: row.rejected} {
 			for _, secret := range secrets {
 				got := client.listWith(makeToken(secret, hs256, validClaims(client.user, ``)))
@@ -456,8 +484,10 @@ func (e environment) run(ctx context.Context, args ...string) (string, error) {
 
 func TestInvalidSecrets(t *testing.T) {
 	t.Parallel()
-	const a, b = "secret-a-of-the-tests-0123456789", "secret-b-of-the-tests-0123456789" // 32 bytes each
-	const default1, default2 = "better-auth-secret-123456789", "better-auth-secret-12345678901234567890"
+	// 32 bytes each
+	const a, b = "secret-a-of-the-tests-0123456789", "secret-b-of-the-tests-0123456789"
+	const default1, default2 = "better-auth-secret-123456789",
+		"better-auth-secret-12345678901234567890"
 	const one, list = "BETTER_AUTH_SECRET", "BETTER_AUTH_SECRETS"
 	for _, row := range []struct{ secret, secrets, names string }{
 		{"", "", one},
@@ -488,17 +518,20 @@ func TestInvalidSecrets(t *testing.T) {
 		{"", "1.5:" + a, list},
 		{"", " ", list},
 	} {
-		env := environment{one: row.secret, list: row.secrets, "DATABASE_URL": "postgres://localhost/none"}
+		env := environment{one: row.secret, list: row.secrets,
+			"DATABASE_URL": "postgres://localhost/none"}
 		for _, args := range [][]string{nil, {"token", "user"}} {
 			where := fmt.Sprintf("run(%q) with %q and %q", args, row.secret, row.secrets)
-			ctx, cancel := context.WithCancel(t.Context()) // done, so that a service that starts exits at once
+			// done, so that a service that starts exits at once
+			ctx, cancel := context.WithCancel(t.Context())
 			cancel()
 			out, err := env.run(ctx, args...)
 			if err == nil || out != "" {
 				t.Errorf("%s = %v, output %q, want an error", where, err, out)
 				continue
 			}
-			if !slices.Contains(strings.Fields(err.Error()), row.names) || strings.Contains(err.Error(), "\n") {
+			if !slices.Contains(strings.Fields(err.Error()), row.names) ||
+				strings.Contains(err.Error(), "\n") {
 				t.Errorf("%s = %q, want one line that names %s", where, err, row.names)
 			}
 			for _, word := range longWords(row.secret, row.secrets) {
@@ -521,7 +554,8 @@ func TestTokenCommand(t *testing.T) {
 		{strings.Repeat("x", 512-len(user)) + user, "", ""},
 	} {
 		// Without DATABASE_URL: the command needs no database.
-		env := environment{"BETTER_AUTH_SECRET": testSecret, "JWT_AUDIENCE": row.audience, "JWT_ISSUER": row.issuer}
+		env := environment{"BETTER_AUTH_SECRET": testSecret, "JWT_AUDIENCE": row.audience,
+			"JWT_ISSUER": row.issuer}
 		before := time.Now().Unix()
 		out, err := env.run(t.Context(), "token", row.user)
 		token, isLine := strings.CutSuffix(out, "\n")
@@ -546,7 +580,8 @@ func TestTokenCommand(t *testing.T) {
 		if now := time.Now().Unix(); int64(iat) < before || int64(iat) > now {
 			t.Errorf("token %q has iat %v, want %d to %d", row.user, iat, before, now)
 		}
-		service := startService(t, sharedDB, settings{auth: newAuth(t, testSecret, "", row.audience, row.issuer)})
+		service := startService(t, sharedDB, settings{auth: newAuth(t, testSecret, "", row.audience,
+			row.issuer)})
 		if a := newClientOf(t, service.url, row.user).listWith(token); a.status != 200 {
 			t.Errorf("list with the token of %q and %v = %v, want 200", row.user, env, a)
 		}
@@ -563,14 +598,15 @@ func TestTokenCommand(t *testing.T) {
 	}
 }
 
-// Every route rejects a request without a token, with a forged one and with another user's, before it
-// looks at anything else.
+// Every route rejects a request without a token, with a forged one and with another user's, before
+// it looks at anything else.
 func TestEveryRouteRequiresTheUsersToken(t *testing.T) {
 	t.Parallel()
 	owner, other := newClient(t), newClient(t)
 	task := owner.create("Milk")
 	for _, row := range []struct{ method, path, body string }{
-		{"GET", "", ""}, {"HEAD", "", ""}, {"POST", "", `{"title": "x"}`}, {"POST", "", `no JSON`}, {"GET", "?limit=x", ""},
+		{"GET", "", ""}, {"HEAD", "", ""}, {"POST", "", `{"title": "x"}`}, {"POST", "", `no JSON`},
+		{"GET", "?limit=x", ""},
 		{"GET", task.path(), ""}, {"HEAD", task.path(), ""}, {"PUT", task.path(), `{"title": "x"}`},
 		{"PATCH", task.path(), `{"completed": true}`}, {"PATCH", task.path() + "/complete", ""},
 		{"DELETE", task.path(), ""}, {"GET", "/0", ""}, {"PUT", "/x", `[]`}, {"DELETE", "/x", ""},
@@ -588,11 +624,13 @@ func TestEveryRouteRequiresTheUsersToken(t *testing.T) {
 			c := *owner
 			c.authorization = by.authorization
 			a := c.do(row.method, row.path, row.body)
-			if challenge := a.header.Get("WWW-Authenticate"); a.status != by.status || challenge != by.challenge {
+			if challenge := a.header.Get("WWW-Authenticate"); a.status != by.status ||
+				challenge != by.challenge {
 				t.Errorf("%s %s by %q = %v, WWW-Authenticate %q, want %d, %q", row.method, row.path,
 					by.authorization, a, challenge, by.status, by.challenge)
 			}
-			if all := fmt.Sprint(a.header, a.body); strings.Contains(all, owner.user) || strings.Contains(all, other.user) {
+			if all := fmt.Sprint(a.header, a.body); strings.Contains(all, owner.user) ||
+				strings.Contains(all, other.user) {
 				t.Errorf("%s %s by %q repeats an id: %s", row.method, row.path, by.authorization, all)
 			}
 		}
@@ -611,9 +649,11 @@ func TestUserIDsAreBytes(t *testing.T) {
 		allowed, rejected []string
 	}{
 		{"a/b", []string{"a%2Fb", "a%2fb", "%61%2F%62"}, []string{"a%252Fb", "a%5Cb", "A%2Fb"}},
-		{"ä@example.com", []string{"%C3%A4@example.com", "%c3%a4%40example.com", "ä@example.com"}, // composed
+		// composed
+		{"ä@example.com", []string{"%C3%A4@example.com", "%c3%a4%40example.com", "ä@example.com"},
 			[]string{"a%CC%88@example.com", "%E4@example.com", "%C3%84@example.com"}},
-		{"a\u0308@example.com", []string{"a%CC%88@example.com"}, []string{"%C3%A4@example.com"}}, // decomposed
+		// decomposed
+		{"a\u0308@example.com", []string{"a%CC%88@example.com"}, []string{"%C3%A4@example.com"}},
 		{"..", []string{"%2E%2E", "%2e."}, []string{"%252E%252E", "%2E"}},
 		{"../x/", []string{"%2E%2E%2Fx%2F"}, []string{"x"}},
 		{`"1"`, []string{"%221%22"}, []string{"1", "%271%27"}},
@@ -649,7 +689,8 @@ func TestUserIDsAreBytes(t *testing.T) {
 		}
 	}
 	// These users may exist in the tests' database, so their tasks are only read.
-	for user, segment := range map[string]string{"..": "%2E%2E", ".": "%2E", "1": "1", " ": "%20", "tasks": "tasks"} {
+	for user, segment := range map[string]string{"..": "%2E%2E", ".": "%2E", "1": "1", " ": "%20",
+		"tasks": "tasks"} {
 		c := &client{t: t, http: http.DefaultClient, service: sharedURL,
 			authorization: "Bearer " + makeToken(testSecret, hs256, validClaims(user, ``))}
 		if a := c.send("GET", "/api/"+segment+"/tasks", ""); a.status != 200 {
@@ -658,25 +699,28 @@ func TestUserIDsAreBytes(t *testing.T) {
 	}
 }
 
-// FuzzVerify verifies any text as a token, and any header and claims under a valid signature. verify
-// never panics. It accepts only users that the database can store, from claims that a second decoder
-// reads in the same way, and no character of an accepted token can be changed.
+// FuzzVerify verifies any text as a token, and any header and claims under a valid signature.
+// verify never panics. It accepts only users that the database can store, from claims that a second
+// decoder reads in the same way, and no character of an accepted token can be changed.
 func FuzzVerify(f *testing.F) {
 	valid := validClaims("a", ``)
 	token := makeToken(testSecret, hs256, valid)
 	for _, raw := range []string{
 		token, token + "=", setSpareBit(token), token[:len(token)-1], "." + token, strings.ToUpper(token),
-		strings.ReplaceAll(token, ".", ".."), makeToken(otherSecret, hs256, valid), makeToken("", hs256, valid),
+		strings.ReplaceAll(token, ".", ".."), makeToken(otherSecret, hs256, valid),
+		makeToken("", hs256, valid),
 		"", "..", "...", "a.b.c", "e30.e30.", "bnVsbA.bnVsbA.", "\x00.\xff.\ufffd",
 	} {
 		f.Add(raw, hs256, valid)
 	}
-	for _, header := range []string{`{"alg":"HS256","typ":"JWT","kid":"1"}`, `{"alg":"none"}`, `{"alg":1}`,
+	for _, header := range []string{`{"alg":"HS256","typ":"JWT","kid":"1"}`, `{"alg":"none"}`,
+		`{"alg":1}`,
 		`{"alg":"HS256","crit":[]}`, `null`, `[]`, ``, "{\"alg\":\"HS256\"}\n"} {
 		f.Add("", header, valid)
 	}
 	for _, claims := range []string{
-		validClaims(strings.Repeat("x", 512), ``), validClaims(strings.Repeat("x", 513), ``), `null`, `{}`, ``,
+		validClaims(strings.Repeat("x", 512), ``), validClaims(strings.Repeat("x", 513), ``), `null`,
+		`{}`, ``,
 		validClaims("ä/b", `,"aud":["a"],"nbf":1.5,"iat":"x"`),
 		`{"sub":"\u0000","exp":9e9}`, `{"sub":"\ud800","exp":9e9}`, `{"sub":"\ud83d\ude00","exp":9e9}`,
 		`{"sub":"a","sub":"b","exp":9e9}`, `{"sub":"a","exp":9e99}`, `{"sub":"a","exp":-9e99}`,
@@ -707,7 +751,8 @@ func FuzzVerify(f *testing.F) {
 			}
 			var head, said map[string]any
 			for i, into := range []*map[string]any{&head, &said} {
-				if text, err := base64url.DecodeString(part[i]); err != nil || json.Unmarshal(text, into) != nil {
+				if text, err := base64url.DecodeString(part[i]); err != nil ||
+					json.Unmarshal(text, into) != nil {
 					t.Errorf("verify(%q) = %q, but part %d is not JSON", token, user, i+1)
 				}
 			}

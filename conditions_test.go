@@ -67,7 +67,8 @@ func TestIfMatch(t *testing.T) {
 				if after := c.do("GET", path, ""); (after.body != before.body) != row.matches {
 					t.Errorf("%s %s changes %v to %v", change.method, change.path, before, after)
 				}
-				if a := c.do(change.method, noTask+change.path, change.body, "If-Match", ifMatch); a.status != 404 {
+				if a := c.do(change.method, noTask+change.path, change.body, "If-Match",
+					ifMatch); a.status != 404 {
 					t.Errorf("%s %s of no task = %v, want 404", change.method, change.path, a)
 				}
 			}
@@ -81,7 +82,8 @@ func TestMalformedConditions(t *testing.T) {
 	c := newClient(t)
 	path := c.create("original").path()
 	before := c.do("GET", path, "")
-	for _, value := range []string{"", "undefined", "null", `"`, `'x'`, `"a" "b"`, `"a""b"`, "*, *", `*, "x"`,
+	for _, value := range []string{"", "undefined", "null", `"`, `'x'`, `"a" "b"`, `"a""b"`, "*, *",
+		`*, "x"`,
 		`"a b"`, "W/", "2026-01-02T03:04:05.000000Z",
 		strings.Repeat(`"x", `, maxTags) + before.header.Get("ETag")} {
 		type request struct{ header, method, path, body string }
@@ -93,7 +95,8 @@ func TestMalformedConditions(t *testing.T) {
 			for _, task := range []string{path, noTask} { // the 422 comes before the 404
 				a := c.do(r.method, task+r.path, r.body, r.header, value)
 				if a.status != 422 || !strings.Contains(a.detail(), r.header) {
-					t.Errorf("%s %s, %s: %.40q = %v, want 422 that names the header", r.method, r.path, r.header, value, a)
+					t.Errorf("%s %s, %s: %.40q = %v, want 422 that names the header",
+						r.method, r.path, r.header, value, a)
 				}
 			}
 		}
@@ -241,7 +244,8 @@ func TestIdempotencyKey(t *testing.T) {
 	for _, same := range []string{body, `{"completed": false, "description": "only", "title": "onc\u0065", "id": 7}`} {
 		a, _, replayed := create(c, same, key1)
 		if !replayed || a.body != changed.body {
-			t.Errorf("repeated with %s = %v, replayed: %t, want the task as it is now: %v", same, a, replayed, changed)
+			t.Errorf("repeated with %s = %v, replayed: %t, want the task as it is now: %v",
+				same, a, replayed, changed)
 		}
 		for header, want := range map[string]string{
 			"ETag": changed.header.Get("ETag"), "Location": first.header.Get("Location"),
@@ -255,7 +259,8 @@ func TestIdempotencyKey(t *testing.T) {
 		`{"title": "once"}`, `{"title": "once", "description": ""}`,
 		`{"title": "once", "description": "only", "completed": true}`,
 	} {
-		if a := c.do("POST", "", other, name, key1); a.status != 422 || !strings.Contains(a.detail(), name) {
+		if a := c.do("POST", "", other, name, key1); a.status != 422 ||
+			!strings.Contains(a.detail(), name) {
 			t.Errorf("the key with %s = %v, want 422 that names the header", other, a)
 		}
 	}
@@ -274,9 +279,12 @@ func TestIdempotencyKey(t *testing.T) {
 		t.Error("the key of a deleted task is replayed, want another task")
 	}
 
-	for _, bad := range []string{"", "1", "undefined", "null", "[object Object]", strings.Repeat("k", 15),
-		strings.Repeat("k", 256), "a key with blanks", "a-key-with-a\ttab", "a-key-with-an-ä", "a-key-with-a-\x80"} {
-		if a := c.do("POST", "", body, name, bad); a.status != 422 || !strings.Contains(a.detail(), name) {
+	for _, bad := range []string{"", "1", "undefined", "null", "[object Object]",
+		strings.Repeat("k", 15),
+		strings.Repeat("k", 256), "a key with blanks", "a-key-with-a\ttab", "a-key-with-an-ä",
+		"a-key-with-a-\x80"} {
+		if a := c.do("POST", "", body, name, bad); a.status != 422 ||
+			!strings.Contains(a.detail(), name) {
 			t.Errorf("key %q = %v, want 422 that names the header", bad, a)
 		}
 	}
@@ -307,7 +315,8 @@ func TestIdempotencyKeyOnTwoInstances(t *testing.T) {
 			}
 		}
 		if len(ids) != 1 || fresh != 1 {
-			t.Errorf("20 creates with one key made %d tasks, %d are not replayed, want 1 and 1", len(ids), fresh)
+			t.Errorf("20 creates with one key made %d tasks, %d are not replayed, want 1 and 1",
+				len(ids), fresh)
 		}
 	}
 	if got := c.list(""); len(got) != 5 {

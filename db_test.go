@@ -18,8 +18,8 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// Sessions and statements: what the service sets and requires, what a request costs, which errors it
-// retries, deadlines. Faults of the network are in faults_test.go.
+// Sessions and statements: what the service sets and requires, what a request costs, which errors
+// it retries, deadlines. Faults of the network are in faults_test.go.
 
 // A host whose name does not tell is recognized as a pooler when it rejects the options parameter.
 // Only a direct host gets the statement timeout.
@@ -40,7 +40,8 @@ func TestSession(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	d, err := openDatabase(sharedDatabaseURL(), slog.New(slog.DiscardHandler)) // does not know, unlike openDB
+	// does not know, unlike openDB
+	d, err := openDatabase(sharedDatabaseURL(), slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -52,7 +53,8 @@ func TestSession(t *testing.T) {
 	if got := d.pooler.Load(); got != pooler {
 		t.Errorf("the host is a pooler: %t, want %t", got, pooler)
 	}
-	for setting, want := range map[string]string{"application_name": "todo-app", "statement_timeout": timeout} {
+	for setting, want := range map[string]string{"application_name": "todo-app",
+		"statement_timeout": timeout} {
 		if got := sqlValue[string](t, d.pool, `SHOW `+setting); got != want {
 			t.Errorf("SHOW %s = %q, want %q", setting, got, want)
 		}
@@ -104,11 +106,13 @@ func TestOneRoundTripPerRequest(t *testing.T) {
 		{"POST", c.path(""), `"` + strings.Repeat("a", maxBody) + `"`, 413, 0, nil},
 		{"GET", c.path("?limit=0"), "", 422, 0, nil},
 	} {
-		c.send("GET", "/health/ready", "") // on a paused machine, a ping of an idle connection would count
+		// on a paused machine, a ping of an idle connection would count
+		c.send("GET", "/health/ready", "")
 		before := r.trips.Load()
 		a := c.send(row.method, row.path, row.body, row.headers...)
 		if trips := r.trips.Load() - before; a.status != row.status || trips != row.trips {
-			t.Errorf("%s %s = %v after %d round trips, want %d after %d", row.method, row.path, a, trips, row.status, row.trips)
+			t.Errorf("%s %s = %v after %d round trips, want %d after %d",
+				row.method, row.path, a, trips, row.status, row.trips)
 		}
 	}
 	if n := d.pool.Stat().NewConnsCount(); n > 2 { // one more where the host turned out to be a pooler
@@ -131,7 +135,8 @@ func TestDeadlineBeforeStatement(t *testing.T) {
 	}
 }
 
-// A statement that a request gives up on does not go on on the server, where it would hold its locks.
+// A statement that a request gives up on does not go on on the server, where it would hold its
+// locks.
 func TestDeadlineEndsStatement(t *testing.T) {
 	t.Parallel()
 	c := newClient(t)
@@ -210,7 +215,8 @@ func TestAbandonedRequestsKeepTheirConnections(t *testing.T) {
 		clients.Wait()
 		eventually(t, "notice of the disconnects", func() bool { return gone.Load() >= before+n })
 		tx.Rollback(t.Context())
-		eventually(t, "end of the abandoned changes", func() bool { return d.pool.Stat().AcquiredConns() == 0 })
+		eventually(t, "end of the abandoned changes",
+			func() bool { return d.pool.Stat().AcquiredConns() == 0 })
 		for _, task := range c.list("") {
 			if task.Completed != completed {
 				t.Errorf("%v after its client disconnected, want completed: %t", task, completed)
@@ -222,8 +228,8 @@ func TestAbandonedRequestsKeepTheirConnections(t *testing.T) {
 	}
 }
 
-// Each error of a statement, and how often the statement is sent. A sequence counts that even if the
-// transaction is rolled back.
+// Each error of a statement, and how often the statement is sent. A sequence counts that even if
+// the transaction is rolled back.
 func TestErrorsOfAStatement(t *testing.T) {
 	t.Parallel()
 	d := startDB(t, openDB(t, createDatabase(t)))
@@ -254,8 +260,10 @@ func TestErrorsOfAStatement(t *testing.T) {
 		{"read whose connection breaks once",
 			`CASE ` + sent + ` WHEN 1 THEN ` + terminate + `::int + length(pg_sleep(9)::text) ELSE 1 END`,
 			nil, retry, false, "", 2},
-		{"read whose connection breaks", sent + `, ` + terminate + `, pg_sleep(9)`, nil, retry, true, "", 2},
-		{"write whose connection breaks", sent + `, ` + terminate + `, pg_sleep(9)`, nil, noRetry, true, "", 1},
+		{"read whose connection breaks", sent + `, ` + terminate + `, pg_sleep(9)`, nil, retry, true, "",
+			2},
+		{"write whose connection breaks", sent + `, ` + terminate + `, pg_sleep(9)`, nil, noRetry, true,
+			"", 1},
 		{"canceled read", canceled, nil, retry, true, "57014", 1},
 		{"canceled write", canceled, nil, noRetry, true, "57014", 1},
 		{"fault of a read", sent + ` / 0`, nil, retry, false, "22012", 1},
@@ -299,7 +307,8 @@ func TestErrorsOfAStatement(t *testing.T) {
 		}
 		n := sqlValue[int](t, d.pool, `SELECT last_value FROM public.sent`)
 		if row.sent != many && n != row.sent || row.sent == many && (n < 4 || n > 100) {
-			t.Errorf("%s: sent %d times, want %d (0: until the deadline, with backoff)", row.name, n, row.sent)
+			t.Errorf("%s: sent %d times, want %d (0: until the deadline, with backoff)",
+				row.name, n, row.sent)
 		}
 	}
 }
@@ -311,7 +320,8 @@ func TestErrorsBeforeAStatement(t *testing.T) {
 	d := openDB(t, sharedDatabaseURL(), func(config *pgxpool.Config) {
 		config.MaxConns = 1
 		dial := config.ConnConfig.DialFunc
-		config.ConnConfig.DialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
+		config.ConnConfig.DialFunc = func(ctx context.Context, network, address string) (net.Conn,
+			error) {
 			if failures.Add(-1) >= 0 {
 				return nil, errors.New("no route to the database")
 			}
@@ -324,21 +334,25 @@ func TestErrorsBeforeAStatement(t *testing.T) {
 		_, err := query(ctx, d, noRetry, pgx.RowTo[int], `SELECT 1`)
 		return err
 	}
-	if err := write(100 * time.Millisecond); !errors.Is(err, errUnavailable) || d.pool.Stat().NewConnsCount() != 0 {
+	if err := write(100 * time.Millisecond); !errors.Is(err, errUnavailable) ||
+		d.pool.Stat().NewConnsCount() != 0 {
 		t.Errorf("before the schema is in place: %v, want %v and no connection", err, errUnavailable)
 	}
 	close(d.ready)
 	const many = 1 << 30
 	failures.Store(many)
-	if err := write(300 * time.Millisecond); !errors.Is(err, errUnavailable) || failures.Load() > many-2 {
-		t.Errorf("no connection: %v after %d tries, want %v after several", err, many-failures.Load(), errUnavailable)
+	if err := write(300 * time.Millisecond); !errors.Is(err, errUnavailable) ||
+		failures.Load() > many-2 {
+		t.Errorf("no connection: %v after %d tries, want %v after several",
+			err, many-failures.Load(), errUnavailable)
 	}
 	failures.Store(3)
 	if err := write(15 * time.Second); err != nil {
 		t.Errorf("a connection at the fourth try: %v, want success", err)
 	}
 	if d.failures != 0 {
-		t.Errorf("%d failures are remembered after a success: the next attempt to connect would wait", d.failures)
+		t.Errorf("%d failures are remembered after a success: the next attempt to connect would wait",
+			d.failures)
 	}
 	conn, err := d.acquire(t.Context())
 	if err != nil {
@@ -418,7 +432,8 @@ func TestSearchPath(t *testing.T) {
 func TestSessionFormats(t *testing.T) {
 	t.Parallel()
 	u := createDatabase(t)
-	for _, set := range []string{`datestyle = 'SQL, DMY'`, `timezone = 'Asia/Kathmandu'`, `client_encoding = 'LATIN1'`,
+	for _, set := range []string{`datestyle = 'SQL, DMY'`, `timezone = 'Asia/Kathmandu'`,
+		`client_encoding = 'LATIN1'`,
 		`intervalstyle = 'iso_8601'`, `bytea_output = 'escape'`, `standard_conforming_strings = off`,
 		`extra_float_digits = -15`} {
 		alterDatabase(t, u, `SET `+set)
@@ -433,8 +448,10 @@ func TestSessionFormats(t *testing.T) {
 		config.BeforeConnect = func(ctx context.Context, conn *pgx.ConnConfig) error {
 			err := before(ctx, conn)
 			delete(conn.RuntimeParams, dropped)
-			if options := conn.RuntimeParams["options"]; options != "" { // a pooler would reject an empty one
-				conn.RuntimeParams["options"] = strings.ReplaceAll(options, "-c "+dropped+"=", "-c test.dropped=")
+			// a pooler would reject an empty one
+			if options := conn.RuntimeParams["options"]; options != "" {
+				conn.RuntimeParams["options"] = strings.ReplaceAll(options, "-c "+dropped+"=",
+					"-c test.dropped=")
 			}
 			return err
 		}
@@ -445,10 +462,12 @@ func TestSessionFormats(t *testing.T) {
 		defer d.pool.Close()
 		start := time.Now()
 		err = d.start(t.Context())
-		if message := fmt.Sprint(err); !strings.HasPrefix(message, "DATABASE_URL: ") || !strings.Contains(message, dropped) {
+		if message := fmt.Sprint(err); !strings.HasPrefix(message, "DATABASE_URL: ") ||
+			!strings.Contains(message, dropped) {
 			t.Errorf("without %s: start = %v, want an error that names it", dropped, err)
 		} else if strings.Contains(message, "\n") || time.Since(start) > 10*time.Second {
-			t.Errorf("without %s: start = %v after %v, want one line at once", dropped, err, time.Since(start))
+			t.Errorf("without %s: start = %v after %v, want one line at once",
+				dropped, err, time.Since(start))
 		}
 	}
 }

@@ -14,8 +14,8 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// Faults of connections, and what the service does about them. When the whole database is unreachable
-// is in outage_test.go.
+// Faults of connections, and what the service does about them. When the whole database is
+// unreachable is in outage_test.go.
 
 // fewConns is the size of the pool in tests whose load must not take all connections of the server.
 const fewConns = 6
@@ -26,8 +26,8 @@ func createSmallDatabase(t testing.TB) string {
 	return createDatabase(t) + fmt.Sprint("&pool_max_conns=", fewConns)
 }
 
-// A change whose request or response is dropped is made at most once. With the headers of the contract
-// it is safe to repeat. A read succeeds.
+// A change whose request or response is dropped is made at most once. With the headers of the
+// contract it is safe to repeat. A read succeeds.
 func TestDroppedRequestsAndResponses(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {
@@ -40,11 +40,13 @@ func TestDroppedRequestsAndResponses(t *testing.T) {
 		{"list", "GET", "", "", "", "", 200, 0, 0, "before", "before"},
 		{"get", "GET", "ID", "", "", "", 200, 0, 0, "before", "before"},
 		{"create", "POST", "", `{"title": "new"}`, "", "", 503, 0, 0, "before", "new, before"},
-		{"create with a key", "POST", "", `{"title": "new"}`, "Idempotency-Key", "one-key-for-both", 201, 201, 201,
+		{"create with a key", "POST", "", `{"title": "new"}`, "Idempotency-Key", "one-key-for-both", 201,
+			201, 201,
 			"new, before", "new, before"},
 		{"toggle", "PATCH", "ID/complete", "", "", "", 503, 0, 0, "before", "before done"},
 		{"patch", "PATCH", "ID", `{"title": "after"}`, "", "", 503, 0, 0, "before", "after"},
-		{"patch of a version", "PATCH", "ID", `{"title": "after"}`, "If-Match", "ETAG", 503, 200, 412, "before", "after"},
+		{"patch of a version", "PATCH", "ID", `{"title": "after"}`, "If-Match", "ETAG", 503, 200, 412,
+			"before", "after"},
 		{"delete", "DELETE", "ID", "", "", "", 503, 0, 0, "before", ""},
 	} {
 		for _, dropped := range []string{"request", "response"} {
@@ -95,8 +97,8 @@ func TestDroppedRequestsAndResponses(t *testing.T) {
 	}
 }
 
-// Under load, a series of faults neither loses nor repeats a change. Afterwards the service recovers at
-// once, and at no time does it open connections in a storm.
+// Under load, a series of faults neither loses nor repeats a change. Afterwards the service
+// recovers at once, and at no time does it open connections in a storm.
 func TestNoChangeIsLost(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {
@@ -112,11 +114,12 @@ func TestNoChangeIsLost(t *testing.T) {
 				r.cut()
 			}
 		}},
-		{"sessions are terminated", false, false, 2 * fewConns, 160, func(_ *relay, tick int, terminate func()) {
-			if tick%6 == 0 {
-				terminate()
-			}
-		}},
+		{"sessions are terminated", false, false, 2 * fewConns, 160,
+			func(_ *relay, tick int, terminate func()) {
+				if tick%6 == 0 {
+					terminate()
+				}
+			}},
 		{"requests are dropped", false, false, 2 * fewConns, 600, func(r *relay, _ int, _ func()) {
 			r.dropRequests.Store(2)
 		}},
@@ -188,8 +191,8 @@ func TestNoChangeIsLost(t *testing.T) {
 	}
 }
 
-// All connections break at once, as when Neon suspends the compute, or a platform the machine. A write
-// does not fail, because the connections were idle or because a read noticed it first.
+// All connections break at once, as when Neon suspends the compute, or a platform the machine. A
+// write does not fail, because the connections were idle or because a read noticed it first.
 func TestBrokenConnectionsAreNoticed(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {
@@ -357,7 +360,8 @@ func TestExhaustedPool(t *testing.T) {
 		for range share {
 			blocked.Go(func() {
 				a, err := c.try("PATCH", path, `{}`)
-				if err != nil || a.status != 200 && a.status != 503 { // 503: the other part of this test took long
+				// 503: the other part of this test took long
+				if err != nil || a.status != 200 && a.status != 503 {
 					t.Errorf("blocked change = %v %v, want 200", a, err)
 				}
 			})
@@ -369,8 +373,10 @@ func TestExhaustedPool(t *testing.T) {
 		late.Go(func() {
 			start := time.Now()
 			a, err := c.try("GET", path, "")
-			if took := time.Since(start); err != nil || a.status != 503 || took > acquireTimeout+3*time.Second {
-				t.Errorf("next to fifteen blocked changes = %v %v after %v, want 503 after %v", a, err, took, acquireTimeout)
+			if took := time.Since(start); err != nil || a.status != 503 ||
+				took > acquireTimeout+3*time.Second {
+				t.Errorf("next to fifteen blocked changes = %v %v after %v, want 503 after %v",
+					a, err, took, acquireTimeout)
 			}
 		})
 	}

@@ -151,7 +151,8 @@ func TestOrderOfChecks(t *testing.T) {
 		}
 		a := row.as.send(row.method, row.path, row.body, headers...)
 		if a.status != row.status {
-			t.Errorf("%s %s %s %.40q = %v, want %d", row.method, row.path, row.contentType, row.body, a, row.status)
+			t.Errorf("%s %s %s %.40q = %v, want %d",
+				row.method, row.path, row.contentType, row.body, a, row.status)
 		}
 	}
 }
@@ -319,7 +320,8 @@ func TestMalformedBodies(t *testing.T) {
 			}
 			a := c.do(request.method, request.path, body)
 			if a.status != 400 || a.detail() != errBadJSON.detail {
-				t.Errorf("%s %s %.80q = %v, want 400 %s", request.method, request.path, body, a, errBadJSON.detail)
+				t.Errorf("%s %s %.80q = %v, want 400 %s",
+					request.method, request.path, body, a, errBadJSON.detail)
 			}
 		}
 	}
@@ -342,7 +344,8 @@ func TestBodyMembers(t *testing.T) {
 		{`{"title": "a", "title": "b"}`, "b", false}, // the last one counts
 		{`{"title": 7, "title": "b", "completed": null, "completed": true}`, "b", true},
 		{`{"\u0074itle": "b"}`, "b", false},
-		{`{"title": "a", "Title": "b", "TITLE": 7, "t\u0131tle": "b", "title ": "b", "Completed": 7}`, "a", false},
+		{`{"title": "a", "Title": "b", "TITLE": 7, "t\u0131tle": "b", "title ": "b", "Completed": 7}`,
+			"a", false},
 		{`{"title": "x", "unknown": "\u0000", "\u0000": 1, "big": 1e999, "deep": ` +
 			strings.Repeat("[", 500) + strings.Repeat("]", 500) + `}`, "x", false},
 		{`{"title": "\uD83D\ude00"}`, "😀", false},
@@ -382,7 +385,8 @@ func TestLargeHeadersAndSlowClients(t *testing.T) {
 		}
 	}()
 
-	for _, row := range []struct{ size, status int }{{15 << 10, 200}, {16<<10 + 1, 431}, {1 << 20, 431}} {
+	for _, row := range []struct{ size, status int }{{15 << 10, 200}, {16<<10 + 1, 431},
+		{1 << 20, 431}} {
 		const head, end = "GET /health/live HTTP/1.1\r\nHost: todo\r\nX-Large: ", "\r\n\r\n"
 		conn := dialRaw(t, p.url, "")
 		// The connection may be closed before all of a large header is written.
@@ -430,7 +434,10 @@ func TestPanicAndUnknownError(t *testing.T) {
 	t.Parallel()
 	s := startService(t, sharedDB, settings{origins: []string{"https://app.example.com"}})
 	for path, e := range map[string]endpoint{
-		"/panic": func(context.Context, http.ResponseWriter, *http.Request) error { panic("boom hunter2") },
+		"/panic": func(context.Context, http.ResponseWriter,
+			*http.Request) error {
+			panic("boom hunter2")
+		},
 		"/nil": func(context.Context, http.ResponseWriter, *http.Request) error {
 			var none *task
 			return errors.New(none.Title)
@@ -450,7 +457,8 @@ func TestPanicAndUnknownError(t *testing.T) {
 		{"/nil", []string{"nil pointer", "http_test.go:"}},
 		{"/error", []string{"make it: boom hunter2"}},
 	} {
-		a := c.send("GET", row.path, "", "X-Request-Id", "id"+row.path, "Origin", "https://app.example.com")
+		a := c.send("GET", row.path, "", "X-Request-Id", "id"+row.path, "Origin",
+			"https://app.example.com")
 		if a.status != 500 || a.detail() != errInternal.detail {
 			t.Errorf("GET %s = %v, want 500 %s", row.path, a, errInternal.detail)
 		}
@@ -459,7 +467,8 @@ func TestPanicAndUnknownError(t *testing.T) {
 		}
 		line := s.log.request(t, "id"+row.path)
 		for _, cause := range row.causes {
-			if text, _ := line["error"].(string); line["severity"] != "ERROR" || !strings.Contains(text, cause) {
+			if text, _ := line["error"].(string); line["severity"] != "ERROR" ||
+				!strings.Contains(text, cause) {
 				t.Errorf("GET %s is logged as %v, want an ERROR that contains %q", row.path, line, cause)
 			}
 		}
@@ -502,7 +511,8 @@ func replacesText(t *testing.T, body []byte) bool {
 
 func FuzzParseObject(f *testing.F) {
 	for _, seed := range []string{
-		``, `{}`, ` {"a": 1} `, `null`, `[]`, `{}{}`, "\ufeff{}", "{\"\xff\": 1}", `{"a": 1e999, "b": -0.0}`,
+		``, `{}`, ` {"a": 1} `, `null`, `[]`, `{}{}`, "\ufeff{}", "{\"\xff\": 1}",
+		`{"a": 1e999, "b": -0.0}`,
 		`{"a": "\ud83d\ude00"}`, `{"a": "\ud800"}`, `{"a": "\udc00\ud800"}`, `{"\ud800": 1}`,
 		`{"a": "\ud800\u0041"}`, `{"a": "\\ud800"}`, `{"a": "\\\ud800"}`, `{"a": "\\\\ud800"}`,
 		`{"a": "\ufffd\uFFFD"}`, "{\"a\": \"\ufffd\"}", `{"a": ["\ud83d", "\ude00"]}`,
@@ -533,7 +543,8 @@ func FuzzParseObject(f *testing.F) {
 		if err != nil {
 			t.Fatalf("encode the members of %q: %v", body, err)
 		}
-		if _, err := parseObject(again); err != nil || !reflect.DeepEqual(whole(t, again), whole(t, body)) {
+		if _, err := parseObject(again); err != nil ||
+			!reflect.DeepEqual(whole(t, again), whole(t, body)) {
 			t.Errorf("the members of %q are %q, want the same (%v)", body, again, err)
 		}
 	})

@@ -73,7 +73,8 @@ func TestPagesShowEachTaskOnce(t *testing.T) {
 			{"?limit=100&offset=149&total=true", all[149:], []int{100, 1}, "250"},
 			{"?limit=30&offset=7&completed=true&total=true", completed[7:], []int{30, 30, 16}, "83"},
 			{fmt.Sprintf("?limit=100&before=%d", all[9]), all[10:], []int{100, 100, 40}, ""},
-			{fmt.Sprintf("?completed=true&total=true&before=%d", completed[9]), completed[10:], []int{50, 23}, "83"},
+			{fmt.Sprintf("?completed=true&total=true&before=%d", completed[9]), completed[10:],
+				[]int{50, 23}, "83"},
 			{fmt.Sprintf("?before=%d&total=true", all[249]), none, []int{0}, "250"},
 			{"?before=1", none, []int{0}, ""},
 			{"?before=9223372036854775807&limit=0100", all, []int{100, 100, 50}, ""},
@@ -185,7 +186,8 @@ func TestQueryParameters(t *testing.T) {
 		}
 	}
 	for _, name := range []string{"completed", "total"} {
-		for _, value := range []string{"True", "TRUE", "1", "0", "yes", "null", "", "true%20", "%22true%22"} {
+		for _, value := range []string{"True", "TRUE", "1", "0", "yes", "null", "", "true%20",
+			"%22true%22"} {
 			rejections = append(rejections, rejection{name + "=" + value, "^" + name + " .*true or false"})
 		}
 	}
@@ -203,9 +205,9 @@ func TestQueryParameters(t *testing.T) {
 	}
 }
 
-// The plan depends on what is in the table, so this one is in a separate database. Nearly all of its
-// tasks are completed. Exceptions are half of the tasks of the user "many" and, of the thousand tasks
-// of the user "few", all but the ten oldest.
+// The plan depends on what is in the table, so this one is in a separate database. Nearly all of
+// its tasks are completed. Exceptions are half of the tasks of the user "many" and, of the thousand
+// tasks of the user "few", all but the ten oldest.
 func TestListsReadOneIndex(t *testing.T) {
 	t.Parallel()
 	var tracer statementTracer
@@ -243,7 +245,8 @@ func TestListsReadOneIndex(t *testing.T) {
 		if filter != "" {
 			index = "tasks_user_id_completed_id_idx"
 		}
-		for _, start := range []string{"limit=50", "limit=100&" + middle, "limit=1&offset=30", "limit=1&" + middle} {
+		for _, start := range []string{"limit=50", "limit=100&" + middle, "limit=1&offset=30",
+			"limit=1&" + middle} {
 			for _, total := range []string{"", "&total=true"} {
 				query := "?" + start + filter + total
 				var scans []plan

@@ -30,19 +30,23 @@ func TestLog(t *testing.T) {
 		header, value      string
 		want               string // severity, method, route and status
 	}{
-		{"POST", tasks, `{"title": "hunter2", "description": "hunter2"}`, "X", "", "INFO POST " + list + " 201"},
+		{"POST", tasks, `{"title": "hunter2", "description": "hunter2"}`, "X", "", "INFO POST " + list +
+			" 201"},
 		{"GET", tasks + "?title=hunter2&limit=1", "", "X", "", "INFO GET " + list + " 200"},
 		{"GET", tasks + "?limit=hunter2", "", "Traceparent", "hunter2", "INFO GET " + list + " 422"},
-		{"GET", tasks + "?hunter2=%zz", "", "X-Cloud-Trace-Context", "hunter2/1", "INFO GET " + list + " 422"},
+		{"GET", tasks + "?hunter2=%zz", "", "X-Cloud-Trace-Context", "hunter2/1", "INFO GET " + list +
+			" 422"},
 		{"GET", tasks + "/hunter2", "", "X", "", "INFO GET " + one + " 404"},
 		{"DELETE", tasks + noTask, "", "X", "", "INFO DELETE " + one + " 404"},
-		{"PATCH", tasks + "/1/complete", `{"completed": "hunter2"}`, "X", "", "INFO PATCH " + one + "/complete 422"},
+		{"PATCH", tasks + "/1/complete", `{"completed": "hunter2"}`, "X", "", "INFO PATCH " + one +
+			"/complete 422"},
 		{"POST", tasks, `{"title": "hunter2`, "X", "", "INFO POST " + list + " 400"},
 		{"POST", tasks, `{"title": hunter2}`, "X", "", "INFO POST " + list + " 400"},
 		{"POST", tasks, `{"title": "hunter2\ud800"}`, "X", "", "INFO POST " + list + " 400"},
 		{"POST", tasks, `"hunter2"`, "X", "", "INFO POST " + list + " 400"},
 		{"POST", tasks, `{"title": "hunter2\u0000"}`, "X", "", "INFO POST " + list + " 422"},
-		{"POST", tasks, `{"title": "hunter2"}`, "Content-Type", "text/hunter2", "INFO POST " + list + " 415"},
+		{"POST", tasks, `{"title": "hunter2"}`, "Content-Type", "text/hunter2", "INFO POST " + list +
+			" 415"},
 		{"POST", tasks, strings.Repeat("hunter2", 10000), "X", "", "INFO POST " + list + " 413"},
 		{"GET", tasks, "", "Authorization", "Bearer hunter2", "INFO GET " + list + " 401"},
 		{"GET", tasks, "", "Authorization", c.authorization + "hunter2", "INFO GET " + list + " 401"},
@@ -57,23 +61,27 @@ func TestLog(t *testing.T) {
 		line := p.output.request(t, id)
 		got := fmt.Sprint(line["severity"], " ", line["method"], " ", line["route"], " ", line["status"])
 		if got != row.want || line["bytes"] != float64(len(a.body)) {
-			t.Errorf("%.20s %s %.40s is logged as %v, want %s and %d bytes", row.method, row.path, row.body, line,
+			t.Errorf("%.20s %s %.40s is logged as %v, want %s and %d bytes",
+				row.method, row.path, row.body, line,
 				row.want, len(a.body))
 		}
 		if us, _ := line["duration_us"].(float64); us <= 0 || us > 20e6 {
 			t.Errorf("%.20s %s is logged with the duration %v", row.method, row.path, line["duration_us"])
 		}
 		if line["logging.googleapis.com/trace"] != nil {
-			t.Errorf("%.20s %s is logged with the trace %v", row.method, row.path, line["logging.googleapis.com/trace"])
+			t.Errorf("%.20s %s is logged with the trace %v",
+				row.method, row.path, line["logging.googleapis.com/trace"])
 		}
 	}
 
 	local := startService(t, sharedDB, settings{}) // without a project
 	for i, row := range []struct{ header, value string }{
-		{"X-Cloud-Trace-Context", trace + "/1;o=1"}, {"X-Cloud-Trace-Context", trace}, {"Traceparent", parent},
+		{"X-Cloud-Trace-Context", trace + "/1;o=1"}, {"X-Cloud-Trace-Context", trace},
+		{"Traceparent", parent},
 	} {
 		id := fmt.Sprint("trace-", i)
-		for service, want := range map[string]string{p.url: "projects/some-project/traces/" + trace, local.url: trace} {
+		for service, want := range map[string]string{p.url: "projects/some-project/traces/" + trace,
+			local.url: trace} {
 			newClientOf(t, service, c.user).do("GET", "", "", "X-Request-Id", id, row.header, row.value)
 			log := &local.log
 			if service == p.url {
@@ -114,7 +122,8 @@ func TestLog(t *testing.T) {
 	quiet.newClient().create("hunter2")
 	quiet.signal(syscall.SIGTERM)
 	if status := quiet.wait(shutdownLimit); status != 0 || quiet.output.String() != "" {
-		t.Errorf("LOG_LEVEL=error: exit status %d, log %s, want 0 and nothing", status, quiet.output.String())
+		t.Errorf("LOG_LEVEL=error: exit status %d, log %s, want 0 and nothing",
+			status, quiet.output.String())
 	}
 }
 

@@ -122,7 +122,8 @@ func TestMetricsPort(t *testing.T) {
 		defer res.Body.Close()
 		text, err := io.ReadAll(res.Body)
 		if err != nil || res.StatusCode != row.status || !strings.Contains(string(text), row.part) {
-			t.Errorf("%s %s = %d %s %v, want %d with %q", row.method, row.path, res.StatusCode, text, err, row.status, row.part)
+			t.Errorf("%s %s = %d %s %v, want %d with %q",
+				row.method, row.path, res.StatusCode, text, err, row.status, row.part)
 		}
 		if got := res.Header.Get("Content-Type"); got != row.contentType {
 			t.Errorf("%s %s has Content-Type %q, want %q", row.method, row.path, got, row.contentType)

@@ -75,7 +75,8 @@ func undeclared(method, path string, a answer) error {
 			return fmt.Errorf("%d without %s", a.status, name)
 		}
 	}
-	for _, name := range []string{"ETag", "Location", "Link", "X-Total-Count", "Idempotency-Replayed", "Retry-After", "WWW-Authenticate"} {
+	for _, name := range []string{"ETag", "Location", "Link", "X-Total-Count", "Idempotency-Replayed",
+		"Retry-After", "WWW-Authenticate"} {
 		if a.header.Get(name) != "" && headers[name] == nil {
 			return fmt.Errorf("%d with %s, which is not declared", a.status, name)
 		}
@@ -104,13 +105,15 @@ func undeclared(method, path string, a answer) error {
 
 // mismatch returns how a value differs from a schema, of which it knows what the document uses.
 func mismatch(at string, schema object, v any) error {
-	kind := map[reflect.Kind]string{reflect.String: "string", reflect.Bool: "boolean", reflect.Float64: "number",
-		reflect.Slice: "array", reflect.Map: "object", reflect.Invalid: "null"}[reflect.ValueOf(v).Kind()]
+	kind := map[reflect.Kind]string{reflect.String: "string", reflect.Bool: "boolean",
+		reflect.Float64: "number",
+		reflect.Slice:   "array", reflect.Map: "object", reflect.Invalid: "null"}[reflect.ValueOf(v).Kind()]
 	types, ok := schema["type"].([]any)
 	if !ok {
 		types = []any{schema["type"]}
 	}
-	if n, isNumber := v.(float64); isNumber && n == float64(int64(n)) && slices.Contains(types, "integer") {
+	if n, isNumber := v.(float64); isNumber && n == float64(int64(n)) &&
+		slices.Contains(types, "integer") {
 		kind = "integer"
 	}
 	if !slices.Contains(types, any(kind)) {
@@ -131,13 +134,15 @@ func mismatch(at string, schema object, v any) error {
 			return fmt.Errorf("%s is %v, out of bounds", at, v)
 		}
 	case string:
-		if n := float64(utf8.RuneCountInString(v)); n < number("minLength", 0) || n > number("maxLength", n) {
+		if n := float64(utf8.RuneCountInString(v)); n < number("minLength", 0) ||
+			n > number("maxLength", n) {
 			return fmt.Errorf("%s has %v characters", at, n)
 		}
 		if pattern, ok := schema["pattern"].(string); ok && !matches(pattern, v) {
 			return fmt.Errorf("%s is %q, declared %s", at, v, pattern)
 		}
-		if _, err := time.Parse(time.RFC3339, v); schema["format"] == "date-time" && (err != nil || !strings.HasSuffix(v, "Z")) {
+		if _, err := time.Parse(time.RFC3339, v); schema["format"] == "date-time" &&
+			(err != nil || !strings.HasSuffix(v, "Z")) {
 			return fmt.Errorf("%s is no time in UTC: %q", at, v)
 		}
 	case []any:
@@ -171,7 +176,8 @@ func mismatch(at string, schema object, v any) error {
 
 // matches is a pattern of the document, which is ECMAScript's, on text.
 func matches(pattern, text string) bool {
-	return regexp.MustCompile(regexp.MustCompile(`\\u(....)`).ReplaceAllString(pattern, `\x{$1}`)).MatchString(text)
+	return regexp.MustCompile(regexp.MustCompile(`\\u(....)`).ReplaceAllString(pattern,
+		`\x{$1}`)).MatchString(text)
 }
 
 func TestOpenAPIHasEveryRoute(t *testing.T) {
@@ -199,10 +205,13 @@ func TestOpenAPIHasEveryRoute(t *testing.T) {
 func TestOpenAPIExamplesAreTrue(t *testing.T) {
 	t.Parallel()
 	missing := map[string]string{}
-	for _, e := range []apiError{errBadJSON, errCutBody, errNoToken, errBadToken, errOtherUser, errNotFound, errSlowBody, errChanged, errLargeBody, errNotJSON, errEncoded, errKeyReused, errTooMany, errInternal, errUnavailable} {
+	for _, e := range []apiError{errBadJSON, errCutBody, errNoToken, errBadToken, errOtherUser,
+		errNotFound, errSlowBody, errChanged, errLargeBody, errNotJSON, errEncoded, errKeyReused,
+		errTooMany, errInternal, errUnavailable} {
 		missing[e.detail] = fmt.Sprint(e.status)
 	}
-	_, blank := readChange(t.Context(), httptest.NewRecorder(), httptest.NewRequest("POST", "/", strings.NewReader(`{"title": " "}`)))
+	_, blank := readChange(t.Context(), httptest.NewRecorder(),
+		httptest.NewRequest("POST", "/", strings.NewReader(`{"title": " "}`)))
 	_, limit := readPage(url.Values{"limit": {"0"}})
 	missing[blank.Error()], missing[limit.Error()] = "422", "422"
 	texts := maps.Clone(missing)
@@ -230,7 +239,8 @@ func TestOpenAPIExamplesAreTrue(t *testing.T) {
 					}
 					text, _ := resolve(example)["detail"].(string)
 					if status >= "400" && texts[text] != status {
-						t.Errorf("%s %s: the example %q is answered with %q, want %s", method, path, text, texts[text], status)
+						t.Errorf("%s %s: the example %q is answered with %q, want %s",
+							method, path, text, texts[text], status)
 					}
 					delete(missing, text)
 				}
@@ -282,7 +292,8 @@ func TestOpenAPIFillsInNothing(t *testing.T) {
 		for _, member := range []string{"default", "example", "examples"} {
 			filled = filled || parameter["schema"].(object)[member] != nil
 		}
-		if filled && parameter["required"] != true && name != "Limit" { // its default is the service's own
+		// its default is the service's own
+		if filled && parameter["required"] != true && name != "Limit" {
 			t.Errorf("%s is sent with a value that nobody chose", name)
 		}
 	}
@@ -337,12 +348,15 @@ func TestDocuments(t *testing.T) {
 	for path, want := range map[string]struct {
 		contentType string
 		content     []byte
-	}{"/openapi.json": {"application/json", openAPI}, "/docs": {"text/html; charset=utf-8", docsPage}} {
+	}{"/openapi.json": {"application/json", openAPI},
+		"/docs": {"text/html; charset=utf-8", docsPage}} {
 		a := c.send("GET", path, "")
-		if a.status != 200 || a.body != string(want.content) || a.header.Get("Content-Type") != want.contentType {
+		if a.status != 200 || a.body != string(want.content) ||
+			a.header.Get("Content-Type") != want.contentType {
 			t.Errorf("GET %s = %d %v", path, a.status, a.header)
 		}
-		if a := c.send("HEAD", path, ""); a.status != 200 || a.header.Get("Content-Length") != fmt.Sprint(len(want.content)) {
+		if a := c.send("HEAD", path, ""); a.status != 200 ||
+			a.header.Get("Content-Length") != fmt.Sprint(len(want.content)) {
 			t.Errorf("HEAD %s = %d %v", path, a.status, a.header)
 		}
 	}
@@ -350,7 +364,8 @@ func TestDocuments(t *testing.T) {
 	policy := c.send("GET", "/docs", "").header.Get("Content-Security-Policy")
 	script := regexp.MustCompile(`(?s)<script>(.*?)</script>`).FindSubmatch(docsPage)
 	hash := sha256.Sum256(script[1])
-	if want := "'sha256-" + base64.StdEncoding.EncodeToString(hash[:]) + "'"; !strings.Contains(policy, want) {
+	if want := "'sha256-" + base64.StdEncoding.EncodeToString(hash[:]) +
+		"'"; !strings.Contains(policy, want) {
 		t.Errorf("the policy %s lacks the page's script, %s", policy, want)
 	}
 	loads := regexp.MustCompile(`(?:src|href)="(https:[^"]*/)[^"/]*"\s+integrity="sha384-[A-Za-z0-9+/]{64}" crossorigin="anonymous"`).FindAllSubmatch(docsPage, -1)
@@ -358,11 +373,14 @@ func TestDocuments(t *testing.T) {
 		t.Fatalf("the page loads %q, want a script and a style sheet of pinned content", loads)
 	}
 	for _, load := range loads {
-		if !strings.Contains(policy, "script-src "+string(load[1])+" ") || !strings.Contains(policy, "style-src "+string(load[1])+";") {
+		if !strings.Contains(policy, "script-src "+string(load[1])+" ") ||
+			!strings.Contains(policy, "style-src "+string(load[1])+";") {
 			t.Errorf("the policy %s does not allow just %s", policy, load[1])
 		}
 	}
-	if !strings.HasPrefix(policy, "default-src 'none';") || !strings.Contains(policy, "frame-ancestors 'none'") || !strings.Contains(string(docsPage), `href="openapi.json"`) {
+	if !strings.HasPrefix(policy, "default-src 'none';") ||
+		!strings.Contains(policy, "frame-ancestors 'none'") ||
+		!strings.Contains(string(docsPage), `href="openapi.json"`) {
 		t.Errorf("the policy %s allows more, or the page does not say where the document is", policy)
 	}
 }

@@ -29,7 +29,8 @@ func TestUnreachableDatabaseAtStart(t *testing.T) {
 	}
 	signaled.signal(syscall.SIGTERM)
 	if status := signaled.wait(5 * time.Second); status != 0 {
-		t.Errorf("SIGTERM before the database is reached: exit status %d, want 0: %s", status, signaled.output.String())
+		t.Errorf("SIGTERM before the database is reached: exit status %d, want 0: %s",
+			status, signaled.output.String())
 	}
 
 	for _, path := range []string{"/health/ready", c.path("")} {
@@ -58,7 +59,8 @@ func TestUnreachableDatabaseAtStart(t *testing.T) {
 	lines := p.output.lines(t)
 	last := lines[len(lines)-1]
 	for _, part := range []string{"DATABASE_URL", "refused"} {
-		if message := fmt.Sprint(last["message"]); last["severity"] != "ERROR" || !strings.Contains(message, part) {
+		if message := fmt.Sprint(last["message"]); last["severity"] != "ERROR" ||
+			!strings.Contains(message, part) {
 			t.Errorf("the last line is %v, want an ERROR that contains %q", last, part)
 		}
 	}
@@ -75,7 +77,8 @@ func TestDatabaseStartsLater(t *testing.T) {
 	var failures atomic.Int32
 	d := openDB(t, sharedDatabaseURL(), func(config *pgxpool.Config) {
 		dial := config.ConnConfig.DialFunc
-		config.ConnConfig.DialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
+		config.ConnConfig.DialFunc = func(ctx context.Context, network, address string) (net.Conn,
+			error) {
 			if !up.Load() {
 				failures.Add(1)
 				return new(net.Dialer).DialContext(ctx, "tcp", unreachable)
@@ -94,7 +97,8 @@ func TestDatabaseStartsLater(t *testing.T) {
 		}
 		waiting <- a
 	}()
-	eventually(t, "twelfth attempt to connect", func() bool { return failures.Load() >= 12 }) // with full backoff
+	// with full backoff
+	eventually(t, "twelfth attempt to connect", func() bool { return failures.Load() >= 12 })
 	start := time.Now()
 	up.Store(true)
 	if c.list(""); time.Since(start) > 3*time.Second {
@@ -108,8 +112,8 @@ func TestDatabaseStartsLater(t *testing.T) {
 	}
 }
 
-// A request waits for a database that restarts or resumes longer than for a busy connection, also if
-// the pool still has connections, which are closed or silent.
+// A request waits for a database that restarts or resumes longer than for a busy connection, also
+// if the pool still has connections, which are closed or silent.
 func TestLongRestart(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {
@@ -143,8 +147,10 @@ func TestLongRestart(t *testing.T) {
 				requests.Go(func() {
 					start := time.Now()
 					a, err := c.try(request.method, c.path(""), request.body)
-					if took := time.Since(start); err != nil || a.status != request.status || took < acquireTimeout {
-						t.Errorf("%s = %v %v after %v, want %d after the restart", request.method, a, err, took, request.status)
+					if took := time.Since(start); err != nil || a.status != request.status ||
+						took < acquireTimeout {
+						t.Errorf("%s = %v %v after %v, want %d after the restart",
+							request.method, a, err, took, request.status)
 					}
 				})
 			}
@@ -219,10 +225,12 @@ func TestLongOutage(t *testing.T) {
 			})
 			eventually(t, "long outage", d.outage)
 			start, dials := time.Now(), r.dials.Load()
-			eventually(t, "four seconds of the outage", func() bool { return time.Since(start) > 4*time.Second })
+			eventually(t, "four seconds of the outage",
+				func() bool { return time.Since(start) > 4*time.Second })
 			most := int64(len(addresses)) * (2 + int64(time.Since(start)/time.Second))
 			if n := r.dials.Load() - dials; n < 2 || n > most {
-				t.Errorf("%d attempts to connect in %v of the outage, want some, and %d at most", n, time.Since(start), most)
+				t.Errorf("%d attempts to connect in %v of the outage, want some, and %d at most",
+					n, time.Since(start), most)
 			}
 			healed.Store(true)
 			r.heal()
@@ -252,7 +260,8 @@ func TestIdleTimeIsNoOutage(t *testing.T) {
 	start := time.Now()
 	a := c.do("GET", "", "")
 	if took := time.Since(start); a.status != 503 || took < requestTimeout-3*time.Second {
-		t.Errorf("first list after the idle time = %v after %v, want 503 after %v", a, took, requestTimeout)
+		t.Errorf("first list after the idle time = %v after %v, want 503 after %v",
+			a, took, requestTimeout)
 	}
 }
 
@@ -285,8 +294,9 @@ func TestBackoff(t *testing.T) {
 	})
 }
 
-// Every session and every statement would postpone the suspension of Neon's compute by five minutes.
-// A suspended compute has closed the sessions. The first request, a read or a change, resumes it.
+// Every session and every statement would postpone the suspension of Neon's compute by five
+// minutes. A suspended compute has closed the sessions. The first request, a read or a change,
+// resumes it.
 func TestIdle(t *testing.T) {
 	t.Parallel()
 	for method, body := range map[string]string{"GET": "", "POST": `{"title": "after"}`} {

@@ -52,7 +52,8 @@ func (l *lockedBuffer) fallbacks(t *testing.T) (n int) {
 func (l *lockedBuffer) failures(t *testing.T) (n int) {
 	t.Helper()
 	for _, line := range l.lines(t) {
-		if state, _ := line["sqlstate"].(string); line["message"] == "statement" && preparingFailed(state) {
+		if state, _ := line["sqlstate"].(string); line["message"] == "statement" &&
+			preparingFailed(state) {
 			n++
 		}
 	}
@@ -76,7 +77,8 @@ func TestStatementsArePreparedOnce(t *testing.T) {
 		c.do("POST", "", fmt.Sprintf(`{"title": "Keyed %d"}`, i), "Idempotency-Key", key)
 		task := fmt.Sprintf("/%d", c.create(fmt.Sprint("Milk ", i)).ID)
 		tag := c.do("GET", task, "").header.Get("ETag")
-		for _, body := range []string{`{}`, `{"title": "Eggs"}`, `{"completed": true, "description": null}`} {
+		for _, body := range []string{`{}`, `{"title": "Eggs"}`,
+			`{"completed": true, "description": null}`} {
 			c.do("PATCH", task, body)
 		}
 		c.do("PATCH", task+"/complete", "")
@@ -107,7 +109,8 @@ func TestStatementsArePreparedOnce(t *testing.T) {
 	}
 	// Two lists, two counts, a create with and without a key in one, a read, two updates, two deletes.
 	if len(texts) != 10 || len(statements) != len(texts) {
-		t.Errorf("%d statements, %d different ones, want 10 of each: %v", len(statements), len(texts), statements)
+		t.Errorf("%d statements, %d different ones, want 10 of each: %v",
+			len(statements), len(texts), statements)
 	}
 }
 
@@ -140,7 +143,8 @@ func TestUnpreparedAfterAFailure(t *testing.T) {
 				fmt.Sprintf(`SELECT nextval('sent')::int + fail('%s')`, row.state))
 			n := sqlValue[int](t, d.pool, `SELECT last_value FROM sent`)
 			if sqlState(err) != row.state || n != times {
-				t.Errorf("%s, statement %d: %v, sent %d times, want its own error after %d", row.state, i, err, n, times)
+				t.Errorf("%s, statement %d: %v, sent %d times, want its own error after %d",
+					row.state, i, err, n, times)
 			}
 		}
 		if n := log.fallbacks(t); n != row.fallbacks {
@@ -149,7 +153,8 @@ func TestUnpreparedAfterAFailure(t *testing.T) {
 	}
 }
 
-// What happens to prepared statements under load costs no request, and no change is lost or doubled.
+// What happens to prepared statements under load costs no request, and no change is lost or
+// doubled.
 func TestPreparedStatementsUnderLoad(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {

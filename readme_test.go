@@ -49,14 +49,16 @@ func TestReadmeTranscript(t *testing.T) {
 	}
 	dir := t.TempDir()
 	var script strings.Builder
-	replace := strings.NewReplacer("alice", user, "http://localhost:8080", p.url, "$TASKS/1", "$TASKS/$ID")
+	replace := strings.NewReplacer("alice", user, "http://localhost:8080", p.url, "$TASKS/1",
+		"$TASKS/$ID")
 	for i, e := range transcript {
 		file := filepath.Join(dir, fmt.Sprint(i))
 		fmt.Fprintf(&script, "{\n%s\n} >%s\n", replace.Replace(e.command), file)
 		fmt.Fprintf(&script, `[ -n "$ID" ] || ID=$(sed -n 's/^{"id":\([0-9]*\),.*/\1/p' %s)`+"\n", file)
 	}
 	bash := exec.Command("bash", "-c", script.String())
-	bash.Env = append(os.Environ(), "DATABASE_URL="+sharedDatabaseURL(), "BETTER_AUTH_SECRET="+testSecret)
+	bash.Env = append(os.Environ(), "DATABASE_URL="+sharedDatabaseURL(),
+		"BETTER_AUTH_SECRET="+testSecret)
 	if out, err := bash.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s\n%s", err, out, script.String())
 	}

@@ -19,8 +19,8 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// This file contains the faults that tests inject between a service and its database, the load under
-// which they do it, and no test.
+// This file contains the faults that tests inject between a service and its database, the load
+// under which they do it, and no test.
 
 // A relay carries the packets between a service and its database, below TLS. It has the faults of
 // networks, poolers and servers.
@@ -165,8 +165,8 @@ func startOverRelay(t testing.TB) (*database, *relay) {
 	return startDB(t, d), r
 }
 
-// fullPools has room for the tests that open as many connections as an instance may: Neon's smallest
-// compute accepts 97.
+// fullPools has room for the tests that open as many connections as an instance may: Neon's
+// smallest compute accepts 97.
 var fullPools = make(chan struct{}, 2)
 
 // takeTurns waits until few enough of those tests run.
@@ -269,8 +269,8 @@ func (l *ledger) end() {
 	l.clients.Wait()
 }
 
-// changeTask creates a task, completes it, reopens it and, every second time, deletes it. It gives up
-// at the first change that is not acknowledged.
+// changeTask creates a task, completes it, reopens it and, every second time, deletes it. It gives
+// up at the first change that is not acknowledged.
 func (l *ledger) changeTask(c *client, title string, n int) {
 	var key []string
 	if n%2 == 0 {
@@ -323,7 +323,8 @@ func (l *ledger) change(
 			l.t.Errorf("%s %s took %v", method, path, took)
 		}
 		switch {
-		case err == nil && (a.status/100 == 2 || a.status == 412 && try > 1): // 412: an earlier try did it
+		// 412: an earlier try did it
+		case err == nil && (a.status/100 == 2 || a.status == 412 && try > 1):
 			l.set(title, after)
 			l.made.Add(1)
 			return a, try
@@ -388,7 +389,8 @@ func (l *ledger) check() (unacknowledged int) {
 			}
 		}
 	}
-	l.t.Logf("%d changes acknowledged, %d not, of which %d were made", l.made.Load(), doubtful, unacknowledged)
+	l.t.Logf("%d changes acknowledged, %d not, of which %d were made", l.made.Load(), doubtful,
+		unacknowledged)
 	return unacknowledged
 }
 

@@ -77,12 +77,16 @@ func TestUpgradeUnderLoad(t *testing.T) {
 	sqlValue[int](t, reader, `SELECT count(*) FROM public.tasks`)
 
 	next := startRelease(t, nextRelease, u)
-	eventually(t, "second wait for the lock", func() bool { return len(next.output.messages(t, "WARNING")) >= 2 })
+	eventually(t, "second wait for the lock", func() bool {
+		return len(next.output.messages(t,
+			"WARNING")) >= 2
+	})
 	if live, ready := next.health("live"), next.health("ready"); live != 200 || ready != 503 {
 		t.Errorf("while it waits: live = %d, ready = %d, want 200 and 503", live, ready)
 	}
 	wait := next.output.messages(t, "WARNING")[0]
-	for _, part := range []string{"waiting for a lock", "step 2", "add a column", "todo-app, idle in transaction"} {
+	for _, part := range []string{"waiting for a lock", "step 2", "add a column",
+		"todo-app, idle in transaction"} {
 		if !strings.Contains(wait, part) {
 			t.Errorf("the wait is logged as %q, want it to contain %q", wait, part)
 		}
@@ -102,15 +106,16 @@ func TestUpgradeUnderLoad(t *testing.T) {
 	longest := time.Duration(track.longest.Load())
 	t.Logf("longest request %v, %v before the upgrade", longest, usual)
 	if longest > max(time.Second, 500*time.Millisecond+2*usual) && !underRace() {
-		t.Errorf("the longest request took %v, %v before the upgrade; want a second at most", longest, usual)
+		t.Errorf("the longest request took %v, %v before the upgrade; want a second at most",
+			longest, usual)
 	}
 	if n := track.unavailable.Load(); n != 0 {
 		t.Errorf("%d requests got a 503, want none", n)
 	}
 }
 
-// Both releases serve next to each other, whichever starts first, and a restart of the old one changes
-// nothing.
+// Both releases serve next to each other, whichever starts first, and a restart of the old one
+// changes nothing.
 func TestRollingUpgradeAndRollback(t *testing.T) {
 	t.Parallel()
 	u := createDatabase(t)
@@ -242,13 +247,15 @@ func TestMigrateCommand(t *testing.T) {
 
 	reader := begin(t, d)
 	sqlValue[int](t, reader, `SELECT count(*) FROM public.tasks`)
-	signaled, waiting := startRelease(t, nextRelease, u, "migrate"), startRelease(t, nextRelease, u, "migrate")
+	signaled, waiting := startRelease(t, nextRelease, u, "migrate"),
+		startRelease(t, nextRelease, u, "migrate")
 	for _, p := range []*process{signaled, waiting} {
 		eventually(t, "wait for the lock", func() bool { return p.output.messages(t, "WARNING") != nil })
 	}
 	signaled.signal(syscall.SIGTERM)
 	if status := signaled.wait(5 * time.Second); status <= 0 {
-		t.Errorf("SIGTERM while migrate waits: exit status %d, want a failure: %s", status, signaled.output.String())
+		t.Errorf("SIGTERM while migrate waits: exit status %d, want a failure: %s",
+			status, signaled.output.String())
 	}
 	if err := reader.Rollback(t.Context()); err != nil {
 		t.Fatal(err)
@@ -261,8 +268,8 @@ func TestMigrateCommand(t *testing.T) {
 	}
 }
 
-// A step takes longer than the statement timeout. The next one fails, then succeeds, and the first one
-// is not repeated.
+// A step takes longer than the statement timeout. The next one fails, then succeeds, and the first
+// one is not repeated.
 func TestLongStepAndFailedStep(t *testing.T) {
 	t.Parallel()
 	u := createDatabase(t)
@@ -274,7 +281,8 @@ func TestLongStepAndFailedStep(t *testing.T) {
 		t.Errorf("a start with a failed step: exit status %d, want 1", status)
 	}
 	if got := schemaComment(t, d); got != "todo-app schema step 2" {
-		t.Errorf("after the failed step 3 the comment is %q, want step 2: %s", got, serving.output.String())
+		t.Errorf("after the failed step 3 the comment is %q, want step 2: %s",
+			got, serving.output.String())
 	}
 	status, failed := runMigrate(t, slowRelease, u)
 	if status != 1 {
@@ -326,7 +334,8 @@ func TestForeignTable(t *testing.T) {
 			t.Errorf("%s: start = %v after %v, want an error at once", sql, err, took)
 		}
 		for _, part := range []string{"public.tasks", "rename it", "docs/moving.md"} {
-			if message := fmt.Sprint(err); !strings.Contains(message, part) || strings.Contains(message, "\n") {
+			if message := fmt.Sprint(err); !strings.Contains(message, part) ||
+				strings.Contains(message, "\n") {
 				t.Errorf("%s: %q, want one line that contains %q", sql, message, part)
 			}
 		}
@@ -351,7 +360,8 @@ func TestIndexesOfARenamedTable(t *testing.T) {
 			"tasks_user_id_idempotency_key_idx"},
 	} {
 		err := openDB(t, u).start(t.Context())
-		if message := fmt.Sprint(err); !strings.Contains(message, row.missing) || strings.Contains(message, "\n") {
+		if message := fmt.Sprint(err); !strings.Contains(message, row.missing) ||
+			strings.Contains(message, "\n") {
 			t.Errorf("start = %v, want one line that names %s", err, row.missing)
 		}
 		sqlExec(t, d.pool, `ALTER INDEX public.`+row.name+` RENAME TO `+row.name+`_before`)
@@ -378,8 +388,8 @@ func TestHashCommentCountsAsStep1(t *testing.T) {
 	}
 }
 
-// A restore or a branch reset removes a part of the schema while the process runs. It exits, and its
-// next start repairs the schema or tells what is wrong.
+// A restore or a branch reset removes a part of the schema while the process runs. It exits, and
+// its next start repairs the schema or tells what is wrong.
 func TestVanishedSchema(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {
@@ -388,8 +398,10 @@ func TestVanishedSchema(t *testing.T) {
 		next      string // of the next start's exit, "" if it serves
 	}{
 		{"table", `DROP TABLE public.tasks`, "missing or incomplete", ""},
-		{"column", `ALTER TABLE public.tasks DROP COLUMN description`, "no column description", "no column description"},
-		{"unique index", `DROP INDEX public.tasks_user_id_idempotency_key_idx`, "missing or incomplete", ""},
+		{"column", `ALTER TABLE public.tasks DROP COLUMN description`, "no column description",
+			"no column description"},
+		{"unique index", `DROP INDEX public.tasks_user_id_idempotency_key_idx`, "missing or incomplete",
+			""},
 		{"schema", `DROP SCHEMA public CASCADE`, "missing or incomplete", `"public" does not exist`},
 	} {
 		t.Run(row.name, func(t *testing.T) {
@@ -428,7 +440,8 @@ func TestVanishedSchema(t *testing.T) {
 			status, errors := p.wait(shutdownLimit+5*time.Second), p.output.messages(t, "ERROR")
 			clients.Wait()
 			if status != 1 || len(errors) != 1 || !strings.Contains(errors[0], row.message) {
-				t.Errorf("exit status %d with %q, want 1 with one line that contains %q", status, errors, row.message)
+				t.Errorf("exit status %d with %q, want 1 with one line that contains %q",
+					status, errors, row.message)
 			}
 			if unavailable.Load() == 0 {
 				t.Error("no request got a 503")
@@ -493,9 +506,12 @@ func TestStartRepairsOrRejects(t *testing.T) {
 			`COMMENT ON TABLE public.tasks IS 'todo-app schema step 7'`}, ""},
 		{"index with an expression", []string{`DROP INDEX ` + keyIndex,
 			createKeyIndex + `, (title || ''))` + present}, "idempotency_key"},
-		{"primary key", []string{`ALTER TABLE public.tasks DROP CONSTRAINT tasks_pkey`}, "unique (user_id, id)"},
-		{"column", []string{`ALTER TABLE public.tasks DROP COLUMN request_hash`}, "no column request_hash"},
-		{"index of another predicate", []string{`DROP INDEX ` + keyIndex, createKeyIndex + `)`}, "idempotency_key"},
+		{"primary key", []string{`ALTER TABLE public.tasks DROP CONSTRAINT tasks_pkey`},
+			"unique (user_id, id)"},
+		{"column", []string{`ALTER TABLE public.tasks DROP COLUMN request_hash`},
+			"no column request_hash"},
+		{"index of another predicate", []string{`DROP INDEX ` + keyIndex, createKeyIndex + `)`},
+			"idempotency_key"},
 		{"invalid index", []string{`DROP INDEX ` + keyIndex,
 			`INSERT INTO public.tasks (user_id, title, idempotency_key) VALUES ('u', 'x', 'k'), ('u', 'x', 'k')`,
 			"error: " + strings.Replace(createKeyIndex, "INDEX", "INDEX CONCURRENTLY", 1) + `)` + present,
@@ -522,7 +538,8 @@ func TestStartRepairsOrRejects(t *testing.T) {
 				}
 				return
 			}
-			if message := fmt.Sprint(err); !strings.Contains(message, row.error) || strings.Contains(message, "\n") {
+			if message := fmt.Sprint(err); !strings.Contains(message, row.error) ||
+				strings.Contains(message, "\n") {
 				t.Errorf("start = %v, want one line that contains %q", err, row.error)
 			}
 		})
@@ -542,7 +559,10 @@ func TestReady(t *testing.T) {
 	}
 
 	start, before := time.Now(), r.trips.Load()
-	for _, a := range atOnce(t, 200, func(int) (answer, error) { return c.try("GET", "/health/ready", "") }) {
+	for _, a := range atOnce(t, 200, func(int) (answer,
+		error) {
+		return c.try("GET", "/health/ready", "")
+	}) {
 		if a.status != 200 {
 			t.Errorf("ready = %v, want 200", a)
 		}

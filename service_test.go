@@ -255,7 +255,8 @@ func (a answer) detail() string {
 	return e.Detail
 }
 
-// atOnce makes n concurrent requests, each of which must get a response, and returns these in order.
+// atOnce makes n concurrent requests, each of which must get a response, and returns these in
+// order.
 func atOnce(t testing.TB, n int, request func(i int) (answer, error)) []answer {
 	t.Helper()
 	answers, errs := make([]answer, n), make([]error, n)
@@ -284,8 +285,8 @@ func inParallel(n int, f func()) <-chan struct{} {
 	return done
 }
 
-// listUntil lists the user's tasks until done is closed, at least 30 times. It returns the median and
-// the maximum of the times that the lists took.
+// listUntil lists the user's tasks until done is closed, at least 30 times. It returns the median
+// and the maximum of the times that the lists took.
 func (c *client) listUntil(done <-chan struct{}) (median, longest time.Duration) {
 	c.t.Helper()
 	var times []time.Duration
@@ -472,8 +473,8 @@ func startProgram(t testing.TB, program string, args []string, settings ...strin
 	return p
 }
 
-// freePort returns a TCP port on which nothing listens. It is below those that the kernel assigns to
-// outgoing connections, one of which could take it in the meantime.
+// freePort returns a TCP port on which nothing listens. It is below those that the kernel assigns
+// to outgoing connections, one of which could take it in the meantime.
 func freePort(t testing.TB) string {
 	t.Helper()
 	for range 100 {
@@ -919,7 +920,8 @@ func (p plan) nodes() []plan {
 // explain runs a statement and returns its plan.
 func explain(t testing.TB, d *database, asked pgx.TraceQueryStartData) plan {
 	t.Helper()
-	text := sqlValue[string](t, d.pool, `EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) `+asked.SQL, asked.Args...)
+	text := sqlValue[string](t, d.pool, `EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) `+asked.SQL,
+		asked.Args...)
 	var plans []struct{ Plan plan }
 	if err := json.Unmarshal([]byte(text), &plans); err != nil {
 		t.Fatal(err)

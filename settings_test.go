@@ -53,10 +53,12 @@ func TestInvalidSettings(t *testing.T) {
 		for _, value := range values {
 			env := validEnvironment()
 			env["PORT"], env[name] = freePort, value
-			ctx, cancel := context.WithCancel(t.Context()) // done, so that a service that starts exits at once
+			// done, so that a service that starts exits at once
+			ctx, cancel := context.WithCancel(t.Context())
 			cancel()
 			_, err := env.run(ctx)
-			if message := fmt.Sprint(err); !strings.HasPrefix(message, name+" ") && !strings.HasPrefix(message, name+":") {
+			if message := fmt.Sprint(err); !strings.HasPrefix(message, name+" ") &&
+				!strings.HasPrefix(message, name+":") {
 				t.Errorf("%s=%s: %v, want an error that names the setting first", name, value, err)
 			} else if strings.Contains(message, "hunter2") || strings.Contains(message, "\n") {
 				t.Errorf("%s=%s: %q, want one line without the value", name, value, message)
@@ -65,14 +67,16 @@ func TestInvalidSettings(t *testing.T) {
 	}
 
 	// What the operator sees.
-	for _, setting := range []string{"DATABASE_URL=", "BETTER_AUTH_SECRET=hunter2", "PORT=" + takenPort} {
+	for _, setting := range []string{"DATABASE_URL=", "BETTER_AUTH_SECRET=hunter2", "PORT=" +
+		takenPort} {
 		p := startProcess(t, setting)
 		status, lines := p.wait(10*time.Second), p.output.lines(t)
 		if status != 1 || len(lines) != 1 || strings.Count(p.output.String(), "\n") != 1 {
 			t.Fatalf("%s: exit status %d with %s, want 1 with one line", setting, status, p.output.String())
 		}
 		name, _, _ := strings.Cut(setting, "=")
-		if message := fmt.Sprint(lines[0]["message"]); lines[0]["severity"] != "ERROR" || !strings.HasPrefix(message, name) {
+		if message := fmt.Sprint(lines[0]["message"]); lines[0]["severity"] != "ERROR" ||
+			!strings.HasPrefix(message, name) {
 			t.Errorf("%s: %v, want an ERROR that names the setting first", setting, lines[0])
 		}
 	}
@@ -190,7 +194,8 @@ func TestDatabaseURLParameters(t *testing.T) {
 		{base + "?options=-c%20jit%3Doff", "15 -c jit=off"},
 		{base + "?options=-c%20jit%3Doff&options=-c%20jit%3Don", "15 -c jit=on"},
 		{base + "?option%73=-c%20jit%3Doff", "15 -c jit=off"},
-		{base + "?options=-c%20timezone%3DEtc/GMT+3", "15 -c timezone=Etc/GMT+3"}, // as libpq: + is no space
+		// as libpq: + is no space
+		{base + "?options=-c%20timezone%3DEtc/GMT+3", "15 -c timezone=Etc/GMT+3"},
 		{base + "?sslmode=no-such-mode", "DATABASE_URL must be like"},
 		{base + "?connect_timeout=x", "DATABASE_URL must be like"},
 		{`"` + base + `"`, "remove the quotes"},
@@ -233,7 +238,8 @@ func TestPoolConfig(t *testing.T) {
 	got := fmt.Sprintln(config.MaxConns, config.MinConns, config.MinIdleConns, config.MaxConnLifetime,
 		config.MaxConnLifetimeJitter, config.MaxConnIdleTime, config.PingTimeout, conn.ConnectTimeout,
 		conn.RuntimeParams["application_name"], conn.DefaultQueryExecMode, conn.ChannelBinding)
-	want := fmt.Sprintln(99, 0, 0, "5m0s", "30s", "2m0s", "1s", "10s", "todo-app", pgx.QueryExecModeExec, "require")
+	want := fmt.Sprintln(99, 0, 0, "5m0s", "30s", "2m0s", "1s", "10s", "todo-app",
+		pgx.QueryExecModeExec, "require")
 	if got != want {
 		t.Errorf("pool = %s, want %s", got, want)
 	}
@@ -275,8 +281,8 @@ func TestOptionsAreForDirectHosts(t *testing.T) {
 	}
 }
 
-// Neon's own strings contain sslmode=require, which accepts any certificate. A man in the middle has
-// one, but not one of Neon's.
+// Neon's own strings contain sslmode=require, which accepts any certificate. A man in the middle
+// has one, but not one of Neon's.
 func TestNeonMustProveItsIdentity(t *testing.T) {
 	t.Parallel()
 	const host, other = "ep-test-1-pooler.c-2.eu-central-1.aws.neon.tech", "ep-other-1.aws.neon.tech"
@@ -320,12 +326,16 @@ func TestNeonMustProveItsIdentity(t *testing.T) {
 			serverNames <- secure.ConnectionState().ServerName
 		}()
 
-		config, _, err := poolConfig("postgresql://u:p@" + host + "/d?sslmode=require&channel_binding=require")
+		config, _, err := poolConfig("postgresql://u:p@" + host +
+			"/d?sslmode=require&channel_binding=require")
 		if err != nil {
 			t.Fatal(err)
 		}
 		conn := config.ConnConfig
-		conn.LookupFunc = func(context.Context, string) ([]string, error) { return []string{"127.0.0.1"}, nil }
+		conn.LookupFunc = func(context.Context, string) ([]string, error) {
+			return []string{"127.0.0.1"},
+				nil
+		}
 		conn.DialFunc = func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, "tcp", listener.Addr().String())
 		}
@@ -336,7 +346,8 @@ func TestNeonMustProveItsIdentity(t *testing.T) {
 		_, err = pgx.ConnectConfig(t.Context(), conn) // an error in any case: no PostgreSQL listens there
 		_, rejected := errors.AsType[*tls.CertificateVerificationError](err)
 		if err == nil || rejected == row.accepted {
-			t.Errorf("certificate for %s, trusted: %t: %v, want it accepted: %t", row.name, row.trusted, err, row.accepted)
+			t.Errorf("certificate for %s, trusted: %t: %v, want it accepted: %t",
+				row.name, row.trusted, err, row.accepted)
 		}
 		if name := <-serverNames; row.accepted && name != host {
 			t.Errorf("the service requests the certificate of %q, want %s", name, host)
@@ -355,13 +366,15 @@ func TestSharedConnectionString(t *testing.T) {
 	if len(warnings) != 1 {
 		t.Fatalf("the WARNINGs are %q, want one", warnings)
 	}
-	for _, part := range []string{"DATABASE_URL", "uselibpqcompat", "pgbouncer", "connection_limit", "schema",
+	for _, part := range []string{"DATABASE_URL", "uselibpqcompat", "pgbouncer", "connection_limit",
+		"schema",
 		"pool_timeout", "application_name", "2 unknown"} {
 		if !strings.Contains(warnings[0], part) {
 			t.Errorf("the WARNING is %q, want it to contain %q", warnings[0], part)
 		}
 	}
-	if strings.Contains(p.output.String(), "hunter2") || strings.Contains(warnings[0], "pool_max_conns") {
+	if strings.Contains(p.output.String(), "hunter2") ||
+		strings.Contains(warnings[0], "pool_max_conns") {
 		t.Errorf("the log contains a value, or a parameter that is used: %s", p.output.String())
 	}
 }
@@ -400,8 +413,10 @@ func TestInvalidDatabaseURLShowsNothing(t *testing.T) {
 	} {
 		config, _, err := poolConfig(text)
 		if err == nil {
-			t.Errorf("poolConfig(%q) accepts host %q, database %q", text, config.ConnConfig.Host, config.ConnConfig.Database)
-		} else if !strings.HasPrefix(err.Error(), "DATABASE_URL") || strings.Contains(err.Error(), "hunter2") {
+			t.Errorf("poolConfig(%q) accepts host %q, database %q",
+				text, config.ConnConfig.Host, config.ConnConfig.Database)
+		} else if !strings.HasPrefix(err.Error(), "DATABASE_URL") ||
+			strings.Contains(err.Error(), "hunter2") {
 			t.Errorf("poolConfig(%q) = %v, want an error that names the setting alone", text, err)
 		}
 	}
@@ -409,9 +424,12 @@ func TestInvalidDatabaseURLShowsNothing(t *testing.T) {
 	seed := mathrand.Uint64()
 	random := mathrand.New(mathrand.NewPCG(seed, 0))
 	const marker = "hunter"
-	pieces := []string{marker, "postgres://", "postgresql://", ":", "@", "/", "?", "&", "=", "%", "%20", "%zz", "#",
-		" ", "\n", "\t", "[", "]", ",", ";", "+", "\\", "'", `"`, "`", "\x00", "é", "\xff", "sslmode", "host",
-		"password", "options", "port", "pool_max_conns", "schema", "connect_timeout", "5432", "localhost", "require"}
+	pieces := []string{marker, "postgres://", "postgresql://", ":", "@", "/", "?", "&", "=", "%",
+		"%20", "%zz", "#",
+		" ", "\n", "\t", "[", "]", ",", ";", "+", "\\", "'", `"`, "`", "\x00", "é", "\xff", "sslmode",
+		"host",
+		"password", "options", "port", "pool_max_conns", "schema", "connect_timeout", "5432",
+		"localhost", "require"}
 	for range 10_000 {
 		text := strings.ReplaceAll("postgres://x:x@x/x?x=x", "x", marker)
 		for range 1 + random.IntN(4) {
@@ -420,7 +438,8 @@ func TestInvalidDatabaseURLShowsNothing(t *testing.T) {
 		}
 		_, ignored, err := poolConfig(text)
 		// Parts of the marker count, because pieces are inserted into it.
-		if shown := fmt.Sprint(ignored, err); strings.Contains(shown, "hunt") || strings.Contains(shown, "nter") {
+		if shown := fmt.Sprint(ignored, err); strings.Contains(shown, "hunt") ||
+			strings.Contains(shown, "nter") {
 			t.Fatalf("seed %d: poolConfig(%q) = %q, %v contains a part of it", seed, text, ignored, err)
 		}
 	}
@@ -453,7 +472,8 @@ func TestConnectionErrorsShowNothing(t *testing.T) {
 			if err == nil || !strings.Contains(err.Error(), "DATABASE_URL") {
 				t.Fatalf("start = %v, want an error that names DATABASE_URL", err)
 			}
-			if text := err.Error() + log.String(); strings.Contains(text, "hunter") || strings.Contains(text, "\n") {
+			if text := err.Error() + log.String(); strings.Contains(text, "hunter") ||
+				strings.Contains(text, "\n") {
 				t.Errorf("%q contains a part of the connection string", text)
 			}
 		})

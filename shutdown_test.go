@@ -131,7 +131,8 @@ func TestShutdownWithStalledBody(t *testing.T) {
 		t.Error("a second SIGTERM: exit status 0, want that of the signal")
 	}
 	if status := patient.wait(shutdownLimit - time.Since(start)); status != 0 {
-		t.Errorf("SIGTERM with a stalled body: exit status %d, want 0: %s", status, patient.output.String())
+		t.Errorf("SIGTERM with a stalled body: exit status %d, want 0: %s",
+			status, patient.output.String())
 	}
 	if text, _ := io.ReadAll(response); !strings.Contains(string(text), "HTTP/1.1 408 ") {
 		t.Errorf("a stalled body is answered %q at shutdown, want 408", text)

@@ -32,8 +32,9 @@ func TestStory(t *testing.T) {
 	if got, want := a.header.Get("Location"), c.path(milk.path()); got != want {
 		t.Errorf("Location = %q, want %q", got, want)
 	}
-	want := wireTask{ID: milk.ID, UserID: c.user, Title: "  Grüße <&> 🌍 ", Description: new("two\nlines"),
-		CreatedAt: milk.CreatedAt, UpdatedAt: milk.CreatedAt}
+	want := wireTask{ID: milk.ID, UserID: c.user, Title: "  Grüße <&> 🌍 ",
+		Description: new("two\nlines"),
+		CreatedAt:   milk.CreatedAt, UpdatedAt: milk.CreatedAt}
 	if !equalTasks(milk, want) || time.Since(milk.CreatedAt).Abs() > time.Minute {
 		t.Errorf("created %v, want %v, now", milk, want)
 	}
@@ -57,7 +58,8 @@ func TestStory(t *testing.T) {
 			func(*wireTask) {}},
 		{"PATCH", "/complete", ``, func(w *wireTask) { w.Completed = true }},
 		{"PATCH", "/complete", `{}`, func(w *wireTask) { w.Completed = false }},
-		{"PATCH", "/complete", `{"completed": true, "title": 7}`, func(w *wireTask) { w.Completed = true }},
+		{"PATCH", "/complete", `{"completed": true, "title": 7}`,
+			func(w *wireTask) { w.Completed = true }},
 		{"PATCH", "/complete", `{"completed": true}`, func(w *wireTask) { w.Completed = true }},
 		{"PUT", "", `{"completed": false, "description": ""}`, func(w *wireTask) {
 			w.Completed, w.Description = false, new("")
@@ -117,8 +119,9 @@ var settableFields = []struct {
 		accepted: []string{`"x"`, `""`, `"` + strings.Repeat("🌍", 1000) + `"`},
 		absent:   `null`,
 		nullable: true,
-		rejected: []string{`"\u0000"`, `"` + strings.Repeat("🌍", 1001) + `"`, `1`, `true`, `[]`, `{}`, `["x"]`},
-		detail:   `^description must (not contain U\+0000|not exceed 1000 characters|be a string)$`,
+		rejected: []string{`"\u0000"`, `"` + strings.Repeat("🌍", 1001) + `"`, `1`, `true`, `[]`, `{}`,
+			`["x"]`},
+		detail: `^description must (not contain U\+0000|not exceed 1000 characters|be a string)$`,
 	},
 	{
 		name:     "completed",
@@ -138,15 +141,19 @@ func blankTitles() (titles []string) {
 	return titles
 }
 
-// Each field is set by a create, a PUT and a PATCH and read back, is kept if it is absent, is cleared
-// or rejects null, rejects invalid values, and is part of the body that an Idempotency-Key identifies.
+// Each field is set by a create, a PUT and a PATCH and read back, is kept if it is absent, is
+// cleared or rejects null, rejects invalid values, and is part of the body that an Idempotency-Key
+// identifies.
 func TestFields(t *testing.T) {
 	t.Parallel()
 	for _, f := range settableFields {
 		t.Run(f.name, func(t *testing.T) {
 			t.Parallel()
 			c := newClient(t)
-			set := func(literal string) string { return fmt.Sprintf(`{"title": "t", %q: %s}`, f.name, literal) }
+			set := func(literal string) string {
+				return fmt.Sprintf(`{"title": "t", %q: %s}`, f.name,
+					literal)
+			}
 			want := func(what, body, literal string) {
 				t.Helper()
 				got := decode[map[string]any](t, body)[f.name]
@@ -184,7 +191,8 @@ func TestFields(t *testing.T) {
 						want(method+" null", succeed(method, path, fmt.Sprintf(`{%q: null}`, f.name)).body, `null`)
 						want("get after null", succeed("GET", path, "").body, `null`)
 					}
-					want(method+" again", succeed(method, path, fmt.Sprintf(`{%q: %s}`, f.name, literal)).body, literal)
+					want(method+" again", succeed(method, path, fmt.Sprintf(`{%q: %s}`, f.name, literal)).body,
+						literal)
 				}
 			}
 			if f.absent != "" {
@@ -210,7 +218,8 @@ func TestFields(t *testing.T) {
 
 			before := c.do("GET", "?limit=100", "")
 			task := decode[[]wireTask](t, before.body)[0]
-			requests := []struct{ method, path string }{{"POST", ""}, {"PUT", task.path()}, {"PATCH", task.path()}}
+			requests := []struct{ method, path string }{{"POST", ""}, {"PUT", task.path()},
+				{"PATCH", task.path()}}
 			if f.name == "completed" {
 				requests = append(requests, struct{ method, path string }{"PATCH", task.path() + "/complete"})
 			}
@@ -222,7 +231,8 @@ func TestFields(t *testing.T) {
 				for _, literal := range rejected {
 					a := c.do(request.method, request.path, set(literal))
 					if a.status != 422 || !regexp.MustCompile(f.detail).MatchString(a.detail()) {
-						t.Errorf("%s %s with %.80s = %v, want 422 %s", request.method, request.path, literal, a, f.detail)
+						t.Errorf("%s %s with %.80s = %v, want 422 %s",
+							request.method, request.path, literal, a, f.detail)
 					}
 				}
 			}
@@ -295,7 +305,8 @@ func TestTaskIDs(t *testing.T) {
 	}
 	bad := []string{"0", "00", "9223372036854775807", "9223372036854775808", "18446744073709551617",
 		"99999999999999999999", "abc", "null", "%20", "%2E"}
-	for _, spelling := range []string{"-%d", "+%d", "%%2B%d", "%d%%2E0", "%de0", "%d%%00", "%%00%d", "%d%%20",
+	for _, spelling := range []string{"-%d", "+%d", "%%2B%d", "%d%%2E0", "%de0", "%d%%00", "%%00%d",
+		"%d%%20",
 		"%%20%d", "0x%d", "%d,", "%d_0", "%d%%2F", "%d%%0A", "%%D9%%A1%d"} {
 		bad = append(bad, fmt.Sprintf(spelling, task.ID))
 	}
@@ -335,7 +346,8 @@ func TestTasksOfOthersDoNotExist(t *testing.T) {
 		got := b.do(r.method, secret.path()+r.path, r.body)
 		none := b.do(r.method, "/9223372036854775807"+r.path, r.body)
 		if got.status != 404 || got.body != none.body || got.header.Get("ETag") != "" {
-			t.Errorf("%s%s of another user's task = %v, want it like no task: %v", r.method, r.path, got, none)
+			t.Errorf("%s%s of another user's task = %v, want it like no task: %v",
+				r.method, r.path, got, none)
 		}
 	}
 	after := a.do("GET", secret.path(), "")
@@ -418,7 +430,8 @@ func TestConcurrentChangesOfDifferentFields(t *testing.T) {
 		got := decode[wireTask](t, c.do("GET", task.path(), "").body)
 		want.UpdatedAt = got.UpdatedAt
 		if !equalTasks(got, want) || len(etags) != len(bodies) {
-			t.Fatalf("after %q = %v with %d ETags, want %v with %d", bodies, got, len(etags), want, len(bodies))
+			t.Fatalf("after %q = %v with %d ETags, want %v with %d",
+				bodies, got, len(etags), want, len(bodies))
 		}
 	}
 }
