@@ -734,13 +734,13 @@ func parseSteps(text string) ([]step, error) {
 	return steps, nil
 }
 
-// start brings the schema up to date and then lets the waiting statements run. It returns an error
-// if the database is unreachable for startupTimeout or rejects a step, and a permanentError if an
-// operator must act.
-func (d *database) start(ctx context.Context) error {
+// ensureSchema brings the schema up to date and then lets the waiting statements run. It returns an
+// error if the database is unreachable for startupTimeout or rejects a step, and a permanentError
+// if an operator must act.
+func (d *database) ensureSchema(ctx context.Context) error {
 	deadline := time.Now().Add(startupTimeout)
 	for try := 1; ; try++ {
-		err := d.migrate(ctx, deadline)
+		err := d.applySteps(ctx, deadline)
 		permanent, ok := errors.AsType[permanentError](err)
 		locked := errors.Is(err, errLocked)
 		switch {
@@ -767,8 +767,9 @@ func (d *database) start(ctx context.Context) error {
 // errLocked means that a step waits for a lock that another session holds.
 var errLocked = errors.New("wait for a lock")
 
-// migrate applies the missing steps. A database that has them all costs one round trip and no lock.
-func (d *database) migrate(ctx context.Context, deadline time.Time) (err error) {
+// applySteps applies the missing steps. A database that has them all costs one round trip and no
+// lock.
+func (d *database) applySteps(ctx context.Context, deadline time.Time) (err error) {
 	connectCtx, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
 	conn, err := d.acquire(connectCtx)

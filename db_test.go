@@ -461,7 +461,7 @@ func TestSessionFormats(t *testing.T) {
 		}
 		defer d.pool.Close()
 		start := time.Now()
-		err = d.start(t.Context())
+		err = d.ensureSchema(t.Context())
 		if message := fmt.Sprint(err); !strings.HasPrefix(message, "DATABASE_URL: ") ||
 			!strings.Contains(message, dropped) {
 			t.Errorf("without %s: start = %v, want an error that names it", dropped, err)

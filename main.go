@@ -146,7 +146,7 @@ func migrate(ctx context.Context, getenv func(string) string, stdout io.Writer) 
 	defer db.pool.Close()
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	return db.start(ctx)
+	return db.ensureSchema(ctx)
 }
 
 func serve(ctx context.Context, getenv func(string) string, stdout io.Writer) error {
@@ -988,7 +988,7 @@ func (s *server) serve(ctx context.Context, port, metricsPort string) error {
 	}
 	s.log.Info("listening", "port", port)
 	go func() {
-		if err := s.db.start(ctx); err != nil && ctx.Err() == nil {
+		if err := s.db.ensureSchema(ctx); err != nil && ctx.Err() == nil {
 			failed <- err
 		}
 	}()

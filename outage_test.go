@@ -87,7 +87,7 @@ func TestDatabaseStartsLater(t *testing.T) {
 		}
 	})
 	started := make(chan error, 1)
-	go func() { started <- d.start(t.Context()) }()
+	go func() { started <- d.ensureSchema(t.Context()) }()
 	c := startService(t, d, settings{}).newClient()
 	waiting := make(chan answer, 1)
 	go func() {
@@ -185,7 +185,7 @@ func TestLongOutage(t *testing.T) {
 			}
 			ctx, cancel := context.WithCancel(t.Context())
 			started := make(chan error, 1)
-			go func() { started <- d.start(ctx) }()
+			go func() { started <- d.ensureSchema(ctx) }()
 			defer func() { cancel(); <-started }()
 			s := startService(t, d, settings{})
 			clients := make([]*client, 10)

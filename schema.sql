@@ -1,9 +1,9 @@
--- The schema, embedded in the binary: a list of steps. database.migrate in db.go applies each step
--- once, in order. The comment on the table contains how many steps a database has.
+-- The schema, embedded in the binary: a list of steps. database.applySteps in db.go applies each
+-- step once, in order. The comment on the table contains how many steps a database has.
 --
 -- To change the schema, append a step. Never edit a step that was released. A step runs in one
 -- transaction, while the previous release still serves: docs/moving.md lists which steps are safe.
--- Only step 1 is repeated, to create a missing index, so its statements can be repeated.
+-- Step 1 runs again if an index is missing, so its statements have IF NOT EXISTS.
 
 -- step 1: create the table and its indexes
 CREATE TABLE IF NOT EXISTS public.tasks (
@@ -23,8 +23,8 @@ CREATE TABLE IF NOT EXISTS public.tasks (
     idempotency_key text COLLATE "C" CHECK (octet_length(idempotency_key) BETWEEN 1 AND 255),
     request_hash    bytea,
 
-    -- The user comes first, so that one index isolates users, finds a task and, read backward, lists
-    -- the newest tasks first.
+    -- The user comes first, so that one index isolates users, finds a task and, read backward,
+    -- lists the newest tasks first.
     PRIMARY KEY (user_id, id)
 );
 

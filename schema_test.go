@@ -190,7 +190,7 @@ func TestInstancesStartTogether(t *testing.T) {
 				<-begin
 				err := errLocked
 				for errors.Is(err, errLocked) { // by another instance, whose database is far away
-					err = d.migrate(t.Context(), time.Now().Add(startupTimeout))
+					err = d.applySteps(t.Context(), time.Now().Add(startupTimeout))
 				}
 				if err != nil {
 					t.Errorf("one of eight instances: %v", err)
@@ -329,7 +329,7 @@ func TestForeignTable(t *testing.T) {
 		sqlExec(t, d.pool, `DROP SCHEMA public CASCADE; CREATE SCHEMA public; `+sql)
 		before := catalogState(t, d.pool)
 		start := time.Now()
-		err := d.start(t.Context())
+		err := d.ensureSchema(t.Context())
 		if took := time.Since(start); took > 5*time.Second {
 			t.Errorf("%s: start = %v after %v, want an error at once", sql, err, took)
 		}
@@ -359,7 +359,7 @@ func TestIndexesOfARenamedTable(t *testing.T) {
 		{"index unique (user_id, idempotency_key) WHERE idempotency_key IS NOT NULL",
 			"tasks_user_id_idempotency_key_idx"},
 	} {
-		err := openDB(t, u).start(t.Context())
+		err := openDB(t, u).ensureSchema(t.Context())
 		if message := fmt.Sprint(err); !strings.Contains(message, row.missing) ||
 			strings.Contains(message, "\n") {
 			t.Errorf("start = %v, want one line that names %s", err, row.missing)
@@ -528,7 +528,7 @@ func TestStartRepairsOrRejects(t *testing.T) {
 				}
 			}
 			before := schemaComment(t, d)
-			err := openDB(t, u).start(t.Context())
+			err := openDB(t, u).ensureSchema(t.Context())
 			if after := schemaComment(t, d); after != before {
 				t.Errorf("a start changed the comment from %q to %q", before, after)
 			}

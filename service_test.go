@@ -70,7 +70,7 @@ func testMain(m *testing.M) int {
 	var err error
 	sharedDB, err = openDatabase(os.Getenv("DATABASE_URL"), slog.New(slog.DiscardHandler))
 	if err == nil {
-		err = sharedDB.start(context.Background())
+		err = sharedDB.ensureSchema(context.Background())
 	}
 	if err != nil {
 		fmt.Println("the tests' database:", err)
@@ -728,7 +728,7 @@ func openDB(t testing.TB, databaseURL string, changes ...func(*pgxpool.Config)) 
 // startDB applies the schema and returns d.
 func startDB(t testing.TB, d *database) *database {
 	t.Helper()
-	if err := d.start(t.Context()); err != nil {
+	if err := d.ensureSchema(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	return d

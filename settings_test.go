@@ -468,7 +468,7 @@ func TestConnectionErrorsShowNothing(t *testing.T) {
 			defer d.pool.Close()
 			ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
 			defer cancel()
-			err = d.start(ctx)
+			err = d.ensureSchema(ctx)
 			if err == nil || !strings.Contains(err.Error(), "DATABASE_URL") {
 				t.Fatalf("start = %v, want an error that names DATABASE_URL", err)
 			}
