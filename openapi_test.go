@@ -364,11 +364,12 @@ func TestDocuments(t *testing.T) {
 	policy := c.send("GET", "/docs", "").header.Get("Content-Security-Policy")
 	script := regexp.MustCompile(`(?s)<script>(.*?)</script>`).FindSubmatch(docsPage)
 	hash := sha256.Sum256(script[1])
-	if want := "'sha256-" + base64.StdEncoding.EncodeToString(hash[:]) +
-		"'"; !strings.Contains(policy, want) {
+	want := "'sha256-" + base64.StdEncoding.EncodeToString(hash[:]) + "'"
+	if !strings.Contains(policy, want) {
 		t.Errorf("the policy %s lacks the page's script, %s", policy, want)
 	}
-	loads := regexp.MustCompile(`(?:src|href)="(https:[^"]*/)[^"/]*"\s+integrity="sha384-[A-Za-z0-9+/]{64}" crossorigin="anonymous"`).FindAllSubmatch(docsPage, -1)
+	loads := regexp.MustCompile(`(?:src|href)="(https:[^"]*/)[^"/]*"\s+`+
+		`integrity="sha384-[A-Za-z0-9+/]{64}"\s+crossorigin="anonymous"`).FindAllSubmatch(docsPage, -1)
 	if len(loads) != 2 || len(regexp.MustCompile(`(?:src|href)="http`).FindAll(docsPage, -1)) != 2 {
 		t.Fatalf("the page loads %q, want a script and a style sheet of pinned content", loads)
 	}

@@ -25,6 +25,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -473,12 +474,16 @@ func startProgram(t testing.TB, program string, args []string, settings ...strin
 	return p
 }
 
-// freePort returns a TCP port on which nothing listens. It is below those that the kernel assigns
-// to outgoing connections, one of which could take it in the meantime.
+// lastPort is the port that freePort returned last. Each run begins at another one.
+var lastPort atomic.Int64
+
+// freePort returns a port on which nothing listens, and which no other test of this run gets. It is
+// below the ports of outgoing connections.
 func freePort(t testing.TB) string {
 	t.Helper()
+	lastPort.CompareAndSwap(0, mathrand.Int64N(10_000))
 	for range 100 {
-		port := strconv.Itoa(10000 + mathrand.N(10000))
+		port := fmt.Sprint(10_000 + lastPort.Add(1)%10_000)
 		if l, err := net.Listen("tcp", ":"+port); err == nil {
 			l.Close()
 			return port
