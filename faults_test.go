@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -97,6 +99,21 @@ func TestDroppedRequestsAndResponses(t *testing.T) {
 	}
 }
 
+// An impatient client closes the connection of a request after a timeout, unless that is 0.
+type impatient struct {
+	http.RoundTripper
+	timeout *atomic.Int64 // nanoseconds
+}
+
+func (c *impatient) RoundTrip(r *http.Request) (*http.Response, error) {
+	if timeout := time.Duration(c.timeout.Load()); timeout > 0 {
+		ctx, cancel := context.WithCancel(r.Context())
+		time.AfterFunc(timeout, cancel) // not at the end of RoundTrip: the body is read after it
+		r = r.WithContext(ctx)
+	}
+	return c.RoundTripper.RoundTrip(r)
+}
+
 // Under load, a series of faults neither loses nor repeats a change. Afterwards the service
 // recovers at once, and at no time does it open connections in a storm.
 func TestNoChangeIsLost(t *testing.T) {
@@ -166,14 +183,16 @@ func TestNoChangeIsLost(t *testing.T) {
 			usual := list()
 			l := newLedger(t, d, s.url, r.name)
 			l.reads = row.reads
-			if row.disconnect {
-				for _, c := range l.users {
-					c.http.Timeout = usual + 30*time.Millisecond
-				}
+			var timeout atomic.Int64
+			for _, c := range l.users {
+				c.http.Transport = &impatient{c.http.Transport, &timeout}
 			}
 			// At this distance most clients wait for the database whenever a fault occurs.
 			r.delay.Store(int64(5 * time.Millisecond))
 			l.run()
+			if row.disconnect {
+				timeout.Store(int64(usual + 30*time.Millisecond))
+			}
 			for tick := range 40 {
 				row.fault(r, tick, func() { endSessions(t, u) })
 				time.Sleep(50 * time.Millisecond)

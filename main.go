@@ -62,7 +62,7 @@ const (
 
 	// Shutdown. Cloud Run kills the process 10 s after SIGTERM.
 	graceTime   = time.Second             // requests are still accepted
-	settleTime  = 200 * time.Millisecond  // twice: to accept connections, then to read from them
+	settleTime  = 200 * time.Millisecond  // twice: see publicListener.stop
 	cancelAfter = 7 * time.Second         // from the signal until database work is canceled
 	closeAfter  = 8 * time.Second         // from the signal until connections are closed
 	exitAfter   = 8500 * time.Millisecond // from the signal until the process exits in any case
@@ -971,11 +971,11 @@ func (s *server) serve(ctx context.Context, port, metricsPort string) error {
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	failed := make(chan error, 3) // two listeners and the start of the database
-	public, socket, err := s.listen("PORT", port, s, failed)
+	public, listener, err := s.listen("PORT", port, s, failed)
 	if err != nil {
 		return err
 	}
-	defer socket.Close()
+	defer listener.Close()
 	if metricsPort != "" {
 		mux := http.NewServeMux()
 		mux.HandleFunc("GET /metrics", s.serveMetrics)
@@ -1000,7 +1000,7 @@ func (s *server) serve(ctx context.Context, port, metricsPort string) error {
 	}
 	stop() // a second signal ends the process at once
 	s.log.Info("shutting down")
-	s.drain(public, socket, err == nil)
+	s.drain(public, listener, err == nil)
 	s.log.Info("stopped")
 	return err
 }
@@ -1009,13 +1009,16 @@ func (s *server) serve(ctx context.Context, port, metricsPort string) error {
 // of Serve to failed. Errors name the setting.
 func (s *server) listen(
 	setting, port string, h http.Handler, failed chan<- error,
-) (*http.Server, *net.TCPListener, error) {
+) (*http.Server, *publicListener, error) {
 	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
 		return nil, nil, fmt.Errorf("%s must be a port number from 1 to 65535", setting)
 	}
-	listener, err := net.Listen("tcp", ":"+port)
+	socket, err := net.Listen("tcp", ":"+port)
 	if err != nil {
 		return nil, nil, fmt.Errorf("%s: %w", setting, err)
+	}
+	listener := &publicListener{
+		TCPListener: socket.(*net.TCPListener), stopped: make(chan struct{}),
 	}
 	hs := &http.Server{
 		Handler:           h,
@@ -1027,19 +1030,19 @@ func (s *server) listen(
 		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelWarn),
 	}
 	go func() { failed <- hs.Serve(listener) }()
-	return hs, listener.(*net.TCPListener), nil
+	return hs, listener, nil
 }
 
 // drain waits for the requests in progress, until closeAfter at the latest, and closes the
 // connections. Unless graceful, it cancels the requests at once.
-func (s *server) drain(public *http.Server, socket *net.TCPListener, graceful bool) {
+func (s *server) drain(public *http.Server, listener *publicListener, graceful bool) {
 	time.AfterFunc(cancelAfter, s.cancel)
 	exit := time.After(exitAfter)
 	ctx, cancel := context.WithTimeout(context.Background(), closeAfter)
 	defer cancel()
 	s.stopping.Store(true)
 	if graceful {
-		stopAccepting(socket)
+		listener.stop()
 	} else {
 		s.cancel()
 	}
@@ -1057,19 +1060,59 @@ func (s *server) drain(public *http.Server, socket *net.TCPListener, graceful bo
 	}
 }
 
-// stopAccepting closes the socket after graceTime. During graceTime, responses ask clients to close
-// their connections: a request is lost if it is sent while the server closes the connection.
+// A publicListener can stop accepting connections without losing a request.
+type publicListener struct {
+	*net.TCPListener
+	stopped chan struct{} // closed at the end of the pause in stop
+	queue   []net.Conn    // what Accept returns after that
+}
+
+// stop closes the listener after graceTime. During graceTime, responses ask clients to close their
+// connections: a request is lost if it is sent while the server closes the connection.
 //
-// Closing the socket resets the connections that the kernel has established but Accept has not
-// returned. With a backlog of 0 there is at most one. It is accepted within settleTime, before
-// other clients repeat their SYN. net/http drops a request that it reads after Shutdown was called,
-// so the requests of the last connections are read before.
-func stopAccepting(socket *net.TCPListener) {
+// Closing a socket resets the connections that the kernel has established but nobody has accepted.
+// So Accept pauses first, until the clients that send one request after the other wait in the
+// socket's queue. Then all of the queue is accepted and the socket closed in one go. net/http drops
+// a request that it reads after Shutdown was called, so stop also waits until those of the last
+// connections were read. TestShutdownLosesNothing fails without any of this.
+func (l *publicListener) stop() {
 	time.Sleep(graceTime)
-	if raw, err := socket.SyscallConn(); err == nil {
-		raw.Control(func(fd uintptr) { syscall.Listen(int(fd), 0) })
+	l.SetDeadline(time.Now())
+	time.Sleep(settleTime)
+	var queue []int
+	if raw, err := l.SyscallConn(); err == nil {
+		raw.Control(func(socket uintptr) {
+			for {
+				fd, _, err := syscall.Accept(int(socket))
+				if err != nil {
+					return // EAGAIN: the queue is empty
+				}
+				queue = append(queue, fd)
+			}
+		})
 	}
+	l.Close()
+	for _, fd := range queue {
+		file := os.NewFile(uintptr(fd), "")
+		if conn, err := net.FileConn(file); err == nil {
+			l.queue = append(l.queue, conn)
+		}
+		file.Close()
+	}
+	close(l.stopped)
 	time.Sleep(settleTime)
-	socket.Close()
-	time.Sleep(settleTime)
+}
+
+// Accept returns net.ErrClosed after the last connection.
+func (l *publicListener) Accept() (net.Conn, error) {
+	conn, err := l.TCPListener.Accept()
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		<-l.stopped
+		err = net.ErrClosed
+	}
+	if errors.Is(err, net.ErrClosed) && len(l.queue) > 0 {
+		conn, l.queue = l.queue[0], l.queue[1:]
+		return conn, nil
+	}
+	return conn, err
 }

@@ -922,11 +922,24 @@ func (p plan) nodes() []plan {
 	return all
 }
 
-// explain runs a statement and returns its plan.
-func explain(t testing.TB, d *database, asked pgx.TraceQueryStartData) plan {
+// explain prepares and runs a statement with a plan_cache_mode and returns its plan.
+func explain(t testing.TB, d *database, mode string, asked pgx.TraceQueryStartData) plan {
 	t.Helper()
-	text := sqlValue[string](t, d.pool, `EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) `+asked.SQL,
-		asked.Args...)
+	tx := begin(t, d)
+	defer tx.Rollback(t.Context())
+	named := asked.Args[1].(pgx.StrictNamedArgs) // after the execution mode
+	sql, values, err := named.RewriteQuery(t.Context(), nil, asked.SQL, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var args []string
+	for _, v := range values {
+		args = append(args, fmt.Sprintf("'%v'", v))
+	}
+	sqlExec(t, tx, `SET LOCAL plan_cache_mode = `+mode+`; PREPARE explained AS `+sql)
+	text := sqlValue[string](t, tx, `EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE explained (`+
+		strings.Join(args, ", ")+`)`)
+	sqlExec(t, tx, `DEALLOCATE explained`)
 	var plans []struct{ Plan plan }
 	if err := json.Unmarshal([]byte(text), &plans); err != nil {
 		t.Fatal(err)
