@@ -14,6 +14,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"slices"
@@ -40,7 +41,8 @@ var base64url = base64.RawURLEncoding
 // makeToken signs a header and claims as they are. It does not use the product's JWT library, so
 // that the tests validate that library against the RFC.
 func makeToken(secret, header, claims string) string {
-	return signParts(secret, base64url.EncodeToString([]byte(header))+"."+base64url.EncodeToString([]byte(claims)))
+	return signParts(secret, base64url.EncodeToString([]byte(header))+"."+
+		base64url.EncodeToString([]byte(claims)))
 }
 
 // signParts appends the HS256 signature to the encoded header and claims.
@@ -546,18 +548,26 @@ func TestInvalidSecrets(t *testing.T) {
 func TestTokenCommand(t *testing.T) {
 	t.Parallel()
 	user := newUser()
-	for _, row := range []struct{ user, audience, issuer string }{
-		{user, "", ""},
-		{user, "api", ""},
-		{user, "api", "https://a.example"},
-		{"ä/b c@example.com " + user, "", ""},
-		{strings.Repeat("x", 512-len(user)) + user, "", ""},
+	for _, row := range []struct {
+		user, audience, issuer string
+		args                   []string
+		extra                  map[string]any
+	}{
+		{user, "", "", nil, nil},
+		{user, "api", "", nil, nil},
+		{user, "api", "https://a.example", nil, nil},
+		{"ä/b c@example.com " + user, "", "", nil, nil},
+		{strings.Repeat("x", 512-len(user)) + user, "", "", nil, nil},
+		{user, "api", "", []string{"role=admin", "n=1", `list=["a", "b"]`, "empty=", "equation=a=b"},
+			map[string]any{"role": "admin", "n": 1, "list": []any{"a", "b"}, "empty": "",
+				"equation": "a=b"}},
+		{user, "", "", []string{"sub=other", "exp=1", "iat=x"}, nil},
 	} {
 		// Without DATABASE_URL: the command needs no database.
 		env := environment{"BETTER_AUTH_SECRET": testSecret, "JWT_AUDIENCE": row.audience,
 			"JWT_ISSUER": row.issuer}
 		before := time.Now().Unix()
-		out, err := env.run(t.Context(), "token", row.user)
+		out, err := env.run(t.Context(), append([]string{"token", row.user}, row.args...)...)
 		token, isLine := strings.CutSuffix(out, "\n")
 		part := strings.Split(token, ".")
 		if err != nil || len(part) != 3 || !isLine {
@@ -568,6 +578,7 @@ func TestTokenCommand(t *testing.T) {
 		claims := decode[map[string]any](t, string(text))
 		iat, _ := claims["iat"].(float64)
 		want := map[string]any{"sub": row.user, "iat": iat, "exp": iat + 3600}
+		maps.Copy(want, row.extra)
 		if row.audience != "" {
 			want["aud"] = row.audience
 		}
@@ -588,8 +599,9 @@ func TestTokenCommand(t *testing.T) {
 	}
 
 	for _, args := range [][]string{
-		{"token", ""}, {"token", "a\x00b"}, {"token", strings.Repeat("ä", 256) + "x"}, {"token", "a\xff"},
-		{"token"}, {"token", user, user}, {"tokens", user}, {user},
+		{"token", ""}, {"token", "a\x00b"}, {"token", strings.Repeat("ä", 256) + "x"},
+		{"token", "a\xff"}, {"token"}, {"token", user, user}, {"token", user, "=admin"},
+		{"tokens", user}, {user},
 	} {
 		out, err := environment{"BETTER_AUTH_SECRET": testSecret}.run(t.Context(), args...)
 		if err == nil || out != "" {

@@ -36,8 +36,10 @@ func TestDroppedRequestsAndResponses(t *testing.T) {
 		name, method, path, body string
 		header, value            string // with which the request may be repeated, or ""
 		status                   int
-		unmade, made             int    // status of the repetition if the request was dropped, if the response was
-		before, after            string // the user's tasks in the same two cases
+		// If the request was dropped, and if the response was: the status of the repetition, and the
+		// user's tasks.
+		unmade, made  int
+		before, after string
 	}{
 		{"list", "GET", "", "", "", "", 200, 0, 0, "before", "before"},
 		{"get", "GET", "ID", "", "", "", 200, 0, 0, "before", "before"},
@@ -386,7 +388,9 @@ func TestExhaustedPool(t *testing.T) {
 			})
 		}
 	}
-	eventually(t, "busy connections", func() bool { return d.pool.Stat().AcquiredConns() == defaultMaxConns })
+	eventually(t, "busy connections", func() bool {
+		return d.pool.Stat().AcquiredConns() == defaultMaxConns
+	})
 	var late sync.WaitGroup
 	for range share {
 		late.Go(func() {

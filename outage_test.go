@@ -327,7 +327,8 @@ func TestIdle(t *testing.T) {
 				}
 				return time.Since(since) > 1500*time.Millisecond
 			})
-			for end := time.Now().Add(3 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+			const interval = 20 * time.Millisecond
+			for end := time.Now().Add(3 * time.Second); time.Now().Before(end); time.Sleep(interval) {
 				if a := c.send("GET", "/health/live", ""); a.status != 200 {
 					t.Fatalf("/health/live = %v", a)
 				}

@@ -164,7 +164,8 @@ func TestPreparedStatementsUnderLoad(t *testing.T) {
 		fault     func(t *testing.T, r *relay, db *database, tick int)
 	}{
 		{"a column changes its type", 1, false, func(t *testing.T, _ *relay, db *database, tick int) {
-			sqlExec(t, db.pool, fmt.Sprintf(`ALTER TABLE public.tasks ALTER COLUMN description TYPE varchar(%d)`, 2000+tick))
+			sqlExec(t, db.pool, fmt.Sprintf(
+				`ALTER TABLE public.tasks ALTER COLUMN description TYPE varchar(%d)`, 2000+tick))
 		}},
 		{"other clients discard theirs", 0, false, func(t *testing.T, _ *relay, db *database, _ int) {
 			var clients sync.WaitGroup

@@ -32,7 +32,7 @@ type relay struct {
 	down          atomic.Bool  // new connections are closed
 	room          atomic.Int64 // new connections are closed if there are this many; 0 for no limit
 	dropRequests  atomic.Int64 // this many requests never reach the server; their connections close
-	dropResponses atomic.Int64 // this many responses never reach the service; the server has done its work
+	dropResponses atomic.Int64 // responses that never reach the service, though the server did the work
 	forward       func() (net.Conn, error)
 	listener      net.Listener
 
