@@ -1,5 +1,5 @@
-# The build runs on the builder's platform and cross-compiles, because Go needs no emulator for
-# another one. Builders without BuildKit (Cloud Build's docker, kaniko) do not set BUILDPLATFORM;
+# The build runs on the builder's platform and cross-compiles, which is faster than an emulator of
+# the target. Builders without BuildKit (Cloud Build's docker, kaniko) do not set BUILDPLATFORM;
 # they run on amd64. The version of Go is that of go.mod.
 FROM --platform=${BUILDPLATFORM:-linux/amd64} golang:1.26 AS build
 WORKDIR /src
@@ -16,8 +16,8 @@ ARG TARGETARCH
 RUN CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH \
     go build -trimpath -ldflags="-s -w" -o /todo-app .
 
-# CA certificates to verify Neon, the user nonroot (65532), and no shell. A HEALTHCHECK could run
-# nothing, so the platform requests GET /health/live.
+# CA certificates to verify Neon, the user nonroot (65532), and no shell. There is no HEALTHCHECK,
+# because the image has no program for it: the platform requests GET /health/live.
 FROM gcr.io/distroless/static-debian13:nonroot
 COPY --from=build /todo-app /todo-app
 # The default of PORT.

@@ -616,14 +616,21 @@ func TestEveryRouteRequiresTheUsersToken(t *testing.T) {
 	t.Parallel()
 	owner, other := newClient(t), newClient(t)
 	task := owner.create("Milk")
-	for _, row := range []struct{ method, path, body string }{
-		{"GET", "", ""}, {"HEAD", "", ""}, {"POST", "", `{"title": "x"}`}, {"POST", "", `no JSON`},
-		{"GET", "?limit=x", ""},
-		{"GET", task.path(), ""}, {"HEAD", task.path(), ""}, {"PUT", task.path(), `{"title": "x"}`},
-		{"PATCH", task.path(), `{"completed": true}`}, {"PATCH", task.path() + "/complete", ""},
-		{"DELETE", task.path(), ""}, {"GET", "/0", ""}, {"PUT", "/x", `[]`}, {"DELETE", "/x", ""},
-		{"PATCH", "/x/complete", strings.Repeat(" ", maxBody+1)},
-	} {
+	type request struct{ method, path, body string }
+	requests := []request{
+		{"HEAD", owner.path(""), ""}, {"HEAD", owner.path(task.path()), ""},
+		{"GET", owner.path("?limit=x"), ""}, {"GET", owner.path("/0"), ""},
+		{"POST", owner.path(""), `no JSON`}, {"PUT", owner.path("/x"), `[]`},
+		{"PATCH", owner.path("/x/complete"), strings.Repeat(" ", maxBody+1)},
+	}
+	inPath := strings.NewReplacer("{user_id}", owner.user, "/{id}", task.path())
+	for pattern := range (&server{}).routes() {
+		method, path, _ := strings.Cut(pattern, " ")
+		if strings.Contains(path, "{user_id}") {
+			requests = append(requests, request{method, inPath.Replace(path), `{"title": "x"}`})
+		}
+	}
+	for _, row := range requests {
 		for _, by := range []struct {
 			authorization string
 			status        int
@@ -635,7 +642,7 @@ func TestEveryRouteRequiresTheUsersToken(t *testing.T) {
 		} {
 			c := *owner
 			c.authorization = by.authorization
-			a := c.do(row.method, row.path, row.body)
+			a := c.send(row.method, row.path, row.body)
 			if challenge := a.header.Get("WWW-Authenticate"); a.status != by.status ||
 				challenge != by.challenge {
 				t.Errorf("%s %s by %q = %v, WWW-Authenticate %q, want %d, %q", row.method, row.path,

@@ -263,7 +263,7 @@ func BenchmarkLoad(b *testing.B) {
 	for i := range own {
 		own[i] = fmt.Sprint("/", nthTask(b, d, loadUser(i), 100+i/loadUsers))
 	}
-	databaseURL += "&pool_max_conns=" + strconv.Itoa(defaultMaxConns)
+	databaseURL = withParam(databaseURL, fmt.Sprint("pool_max_conns=", defaultMaxConns))
 	service, bare := startQuiet(b, "main", databaseURL), startQuiet(b, "bare", databaseURL)
 	parent := postmaster(b)
 	for _, row := range []struct {
@@ -402,7 +402,7 @@ func BenchmarkDistance(b *testing.B) {
 		b.Run(roundTrip.String(), func(b *testing.B) {
 			var sides [2][]*caller
 			for i, conns := range []int{defaultMaxConns, 60} {
-				d, r := openOverRelay(b, fmt.Sprint(sharedDatabaseURL(), "&pool_max_conns=", conns))
+				d, r := openOverRelay(b, withParam(sharedDatabaseURL(), fmt.Sprint("pool_max_conns=", conns)))
 				service := startService(b, startDB(b, d), settings{logLevel: slog.LevelError})
 				for j := range clients {
 					user := newUser()

@@ -36,10 +36,10 @@ const (
 	statementTimeout = 30 * time.Second // on the server; the request's deadline ends earlier
 	slowStatement    = time.Second      // a statement that takes longer is logged at WARNING
 
-	outageAfter    = 15 * time.Second // of failed attempts to connect, until an outage counts as long
+	outageAfter    = 15 * time.Second // attempts to connect have failed for so long: a long outage
 	outageWait     = 3 * time.Second  // in a long outage, from the start of a request to its 503
 	outageInterval = time.Second      // in a long outage, between two attempts to connect
-	outageForget   = 5 * time.Minute  // without attempts, until earlier failures no longer count
+	outageForget   = 5 * time.Minute  // failures older than this do not count
 )
 
 // A database is a pool of connections and the schema. It connects when a statement needs the first
@@ -131,12 +131,14 @@ func query[T any](
 		if err == nil {
 			return rows, nil
 		}
+		if ctx.Err() != nil {
+			return nil, fmt.Errorf("%w: %w", errUnavailable, err)
+		}
 		again, code := false, sqlState(err)
 		switch {
-		case ctx.Err() != nil:
 		case broken:
 			d.pool.Reset() // after a restart the other connections are broken too
-			again = bool(policy) && !resent
+			again = policy == retry && !resent
 			resent = true
 		case mode == pgx.QueryExecModeCacheStatement && preparingFailed(code):
 			d.stopPreparing(ctx, err)
@@ -208,8 +210,8 @@ func preparingFailed(code string) bool {
 	return slices.Contains([]string{"42P05", "26000", "0A000"}, code)
 }
 
-// stopPreparing makes the service send its statements unprepared from now on, which costs the
-// database about twice the work.
+// stopPreparing makes the service send its statements unprepared from now on. The database then
+// parses and plans each of them again.
 func (d *database) stopPreparing(ctx context.Context, err error) {
 	if !d.unprepared.Swap(true) {
 		d.log.WarnContext(ctx, "prepared statements failed; statements are sent unprepared from now on",
@@ -222,7 +224,8 @@ var errConnection = errors.New("no connection")
 
 // acquire returns a connection of the pool, or errConnection. After a failed attempt to connect it
 // tries again until ctx is done, because no statement has been sent and the compute may be
-// resuming. It waits at most acquireTimeout if all connections are busy, and less in a long outage.
+// resuming. It gives up after acquireTimeout if all connections are busy at that time, and after
+// outageWait in a long outage.
 func (d *database) acquire(ctx context.Context) (*pgxpool.Conn, error) {
 	defer addSince(&timingOf(ctx).waiting, time.Now())
 	ctx, stop := d.limitInOutage(ctx)
@@ -245,14 +248,14 @@ func (d *database) acquire(ctx context.Context) (*pgxpool.Conn, error) {
 			failure = ": " + d.reason(err)
 			continue // beforeConnect delays the next attempt
 		}
-		if _, ok := errors.AsType[permanentError](err); !ok {
-			err = cmp.Or(context.Cause(ctx), err)
+		if _, permanent := errors.AsType[permanentError](err); !permanent {
+			err = cmp.Or(context.Cause(ctx), err) // the cause tells which limit was reached
 		}
 		return nil, fmt.Errorf("%w: %w%s", errConnection, err, failure)
 	}
 }
 
-// A permanentError is a state of the database that a retry does not change. Its text is one line
+// A permanentError is a state of the database that this process cannot change. Its text is one line
 // for the operator.
 type permanentError string
 
@@ -280,19 +283,20 @@ func transient(err error) bool {
 	return len(code) == 5 && slices.Contains(classes, code[:2])
 }
 
-// backoff sleeps before the next try: 25 ms after the first one, doubling up to half a second. The
-// jitter keeps clients of the same database from trying again at the same time. backoff returns
-// false if ctx ended first.
+// backoff sleeps before the next try, for backoffDelay or up to half of it less: the jitter keeps
+// clients of the same database from trying again at the same time. backoff returns false if ctx
+// ended first.
 func backoff(ctx context.Context, tries int) bool {
 	delay := backoffDelay(tries)
 	return sleep(ctx, delay/2+rand.N(delay/2))
 }
 
+// backoffDelay is 25 ms after the first try and doubles with each, up to half a second.
 func backoffDelay(tries int) time.Duration {
 	return min(25*time.Millisecond<<min(max(tries-1, 0), 5), 500*time.Millisecond)
 }
 
-// sleep returns true after that time, or false if ctx ended first.
+// sleep waits for t and returns true, or returns false if ctx ended first.
 func sleep(ctx context.Context, t time.Duration) bool {
 	select {
 	case <-time.After(t):
@@ -302,8 +306,8 @@ func sleep(ctx context.Context, t time.Duration) bool {
 	}
 }
 
-// A timing is what the log contains about a request's use of the database. Only the goroutine of
-// the request uses it.
+// A timing measures a request's use of the database, for the log. Only the goroutine of the request
+// uses it.
 type timing struct {
 	start   time.Time     // of the request
 	total   time.Duration // spent on the database
@@ -368,9 +372,9 @@ func (d *database) TraceQueryEnd(ctx context.Context, _ *pgx.Conn, data pgx.Trac
 	d.log.LogAttrs(ctx, level, message, attrs...)
 }
 
-// beforeConnect delays an attempt to connect after a failure, and sets the session's parameters. In
-// acquire each waiting request would make its own attempts; here the pool's slots limit their
-// number.
+// beforeConnect delays an attempt to connect after a failure, and sets the session's parameters.
+// The delay is not in acquire, so that the size of the pool limits the number of attempts, and not
+// the number of waiting requests. It polls, because the success of another attempt ends the delay.
 func (d *database) beforeConnect(ctx context.Context, conn *pgx.ConnConfig) error {
 	for !d.mayConnect() {
 		if !sleep(ctx, 10*time.Millisecond+rand.N(20*time.Millisecond)) {
@@ -421,7 +425,8 @@ func (d *database) TraceConnectEnd(_ context.Context, data pgx.TraceConnectEndDa
 		d.failures = 0
 		return
 	}
-	if strings.Contains(data.Err.Error(), "unsupported startup parameter") && !d.pooler.Swap(true) {
+	rejected := strings.Contains(data.Err.Error(), "unsupported startup parameter")
+	if rejected && d.pooler.CompareAndSwap(false, true) {
 		return // a pooler without -pooler in its name; the next attempt omits options
 	}
 	now := time.Now()
@@ -518,7 +523,8 @@ func (d *database) reason(err error) string {
 	return text
 }
 
-// urlParts matches the parts of DATABASE_URL that an error of pgx or of the server may contain.
+// urlParts returns a regular expression for the parts of DATABASE_URL that an error of pgx or of
+// the server may contain.
 func urlParts(conn *pgx.ConnConfig) *regexp.Regexp {
 	values := []string{conn.Password, conn.User, conn.Database, conn.Host}
 	for _, f := range conn.Fallbacks {
@@ -669,9 +675,10 @@ func configure(config *pgxpool.Config, maxConns int32) {
 		if err != nil {
 			return nil, err
 		}
-		// pgx also dials to send a cancel request (asyncClose). It does so with a deadline of 15 s,
-		// while the statement's connection occupies a pool slot. A dial for a new connection has at
-		// most connectTimeout left. TestSilentPeerFreesItsSlots fails if pgx changes this.
+		// A cancel request gets closeTimeout in all, because the statement's connection occupies a
+		// slot of the pool until then. pgx dials for it with a deadline of 15 s (asyncClose); a dial
+		// for a new connection has at most connectTimeout left. TestSilentPeerFreesItsSlots fails if
+		// pgx changes this.
 		if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) > connectTimeout {
 			c.SetDeadline(time.Now().Add(closeTimeout))
 		}
@@ -685,10 +692,10 @@ func configure(config *pgxpool.Config, maxConns int32) {
 	config.PingTimeout = pingTimeout // of pgxpool's own ping, after the one of shouldPing
 }
 
-// A fastCloseConn bounds how long pgx waits for an unresponsive server. When pgx abandons a
-// connection, it sends a cancel request and waits up to 15 s for the server to close; until then
-// the connection occupies a pool slot. On a fastCloseConn no deadline is more than closeTimeout
-// away. TestSilentPeerFreesItsSlots fails without it.
+// A fastCloseConn limits how long pgx waits for an unresponsive server. When pgx abandons a
+// connection, it sends a cancel request and sets a deadline of 15 s for the server to close; until
+// then the connection occupies a slot of the pool. A fastCloseConn shortens that deadline to
+// closeTimeout. TestSilentPeerFreesItsSlots fails without it.
 type fastCloseConn struct{ net.Conn }
 
 func (c fastCloseConn) SetDeadline(t time.Time) error {
@@ -738,28 +745,28 @@ func parseSteps(text string) ([]step, error) {
 // error if the database is unreachable for startupTimeout or rejects a step, and a permanentError
 // if an operator must act.
 func (d *database) ensureSchema(ctx context.Context) error {
-	deadline := time.Now().Add(startupTimeout)
-	for try := 1; ; try++ {
+	deadline, tries := time.Now().Add(startupTimeout), 0
+	for {
 		err := d.applySteps(ctx, deadline)
-		permanent, ok := errors.AsType[permanentError](err)
-		locked := errors.Is(err, errLocked)
+		if permanent, ok := errors.AsType[permanentError](err); ok {
+			return permanent
+		}
 		switch {
 		case err == nil:
 			close(d.ready)
 			d.log.Info("database ready", "schema_step", len(d.steps))
 			return nil
-		case ok:
-			return permanent
 		case ctx.Err() != nil:
 			return fmt.Errorf("shutdown before the schema was in place: %w", err)
-		case locked:
+		case errors.Is(err, errLocked):
 			d.log.Warn("waiting for a lock", "reason", err.Error())
-			deadline, try = time.Now().Add(startupTimeout), 0 // the database is reachable
+			deadline, tries = time.Now().Add(startupTimeout), 0 // the database is reachable
 			sleep(ctx, lockInterval)
 		case !transient(err) || time.Now().After(deadline):
 			return err
 		default:
-			backoff(ctx, try)
+			tries++
+			backoff(ctx, tries)
 		}
 	}
 }
@@ -774,7 +781,7 @@ func (d *database) applySteps(ctx context.Context, deadline time.Time) (err erro
 	defer cancel()
 	conn, err := d.acquire(connectCtx)
 	if err != nil {
-		return fmt.Errorf("DATABASE_URL: cannot connect within %v: %w", startupTimeout, err)
+		return fmt.Errorf("DATABASE_URL: cannot connect: %w", err)
 	}
 	defer conn.Release()
 	defer func() {
@@ -806,7 +813,7 @@ func (d *database) applySteps(ctx context.Context, deadline time.Time) (err erro
 func (d *database) applyStep(ctx context.Context, conn *pgxpool.Conn, n int) error {
 	s := d.steps[n-1]
 	name := fmt.Sprintf("schema.sql, step %d (%s)", n, s.title)
-	holder := "another instance that applies the schema"
+	applying := false // this instance has the advisory lock
 	// A snapshot from before the lock, as other isolation levels have, would not contain the changes
 	// of the lock's previous holder.
 	options := pgx.TxOptions{IsoLevel: pgx.ReadCommitted, AccessMode: pgx.ReadWrite}
@@ -828,20 +835,22 @@ func (d *database) applyStep(ctx context.Context, conn *pgxpool.Conn, n int) err
 		if next, err := state.next(len(d.steps)); err != nil || next != n {
 			return err
 		}
-		holder = ""
+		applying = true
 		d.log.Info("applying "+name, "schema_step", n)
+		// Step 1 is also applied again, to create an index; the number must not go back.
 		_, err = tx.Exec(ctx, fmt.Sprintf("%s\n;\n"+
 			"COMMENT ON TABLE public.tasks IS 'todo-app schema step %d'", s.sql, max(n, state.applied())))
 		return err
 	})
 	switch code := sqlState(err); {
 	case code == "55P03" || code == "40P01": // lock timeout, deadlock
-		if holder == "" {
+		holder := "another instance that applies the schema"
+		if applying {
 			holder = lockHolder(ctx, conn)
 		}
 		return fmt.Errorf("%s: %w held by %s", name, errLocked, holder)
 	case strings.HasPrefix(code, "22"): // data exception; the server's message may contain a title
-		return fmt.Errorf("%s: the existing rows violate it (SQLSTATE %s)", name, code)
+		return fmt.Errorf("%s: an existing row has an invalid value (SQLSTATE %s)", name, code)
 	case err != nil:
 		return fmt.Errorf("%s: %w", name, err)
 	}
@@ -861,8 +870,11 @@ func lockHolder(ctx context.Context, conn *pgxpool.Conn) (text string) {
 		WHERE l.granted AND a.pid <> pg_backend_pid() AND a.datname = current_database()
 		ORDER BY a.xact_start
 		LIMIT 1`).Scan(&text)
-	if err != nil {
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
 		return "a session that has ended"
+	case err != nil:
+		return "an unknown session"
 	}
 	return text
 }

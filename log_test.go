@@ -141,7 +141,7 @@ func TestStatementLog(t *testing.T) {
 					RETURN NEW;
 				END $$;
 				CREATE TRIGGER act BEFORE INSERT ON public.tasks FOR EACH ROW EXECUTE FUNCTION public.act()`)
-			p := startProcess(t, "DATABASE_URL="+d.pool.Config().ConnString()+"&pool_max_conns=1",
+			p := startProcess(t, "DATABASE_URL="+withParam(d.pool.Config().ConnString(), "pool_max_conns=1"),
 				"LOG_LEVEL="+level)
 			p.waitReady()
 			c := newClientOf(t, p.url, newUser())

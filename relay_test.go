@@ -32,7 +32,7 @@ type relay struct {
 	down          atomic.Bool  // new connections are closed
 	room          atomic.Int64 // new connections are closed if there are this many; 0 for no limit
 	dropRequests  atomic.Int64 // this many requests never reach the server; their connections close
-	dropResponses atomic.Int64 // responses that never reach the service, though the server did the work
+	dropResponses atomic.Int64 // responses that never reach the service; the server did the work
 	forward       func() (net.Conn, error)
 	listener      net.Listener
 
@@ -61,11 +61,7 @@ func (r *relay) serve() {
 		go func() {
 			defer client.Close()
 			r.dials.Add(1)
-			r.mu.Lock()
-			room := r.room.Load()
-			full := room > 0 && int64(len(r.links)) >= room
-			r.mu.Unlock()
-			if r.down.Load() || full {
+			if r.down.Load() {
 				return
 			}
 			server, err := r.forward()
@@ -73,9 +69,10 @@ func (r *relay) serve() {
 				return
 			}
 			l := &link{client: client, server: server}
-			r.mu.Lock()
-			r.links[l] = true
-			r.mu.Unlock()
+			if !r.add(l) {
+				l.close()
+				return
+			}
 			go r.pass(l, client, server, &r.dropRequests)
 			r.pass(l, server, client, &r.dropResponses)
 			r.mu.Lock()
@@ -83,6 +80,18 @@ func (r *relay) serve() {
 			r.mu.Unlock()
 		}()
 	}
+}
+
+// add reports whether the relay accepts another connection.
+func (r *relay) add(l *link) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	room := r.room.Load()
+	if r.down.Load() || room > 0 && int64(len(r.links)) >= room {
+		return false
+	}
+	r.links[l] = true
+	return true
 }
 
 // pass carries the packets of one direction until an end closes or a packet is dropped.
@@ -116,8 +125,9 @@ func (r *relay) pass(l *link, from, to net.Conn, drop *atomic.Int64) {
 	}
 }
 
-// heal ends all faults.
+// heal ends all faults but those of connections that are cut or silent.
 func (r *relay) heal() {
+	r.room.Store(0)
 	r.down.Store(false)
 	r.stalled.Store(false)
 	r.delay.Store(0)
@@ -154,6 +164,7 @@ func openOverRelay(t testing.TB, databaseURL string) (*database, *relay) {
 		}
 		conn.RuntimeParams["application_name"] = r.name
 	})
+	t.Cleanup(r.heal) // before the pool is closed, which waits for its connections
 	go r.serve()
 	return d, r
 }
@@ -371,8 +382,11 @@ func (l *ledger) check() (unacknowledged int) {
 	}
 	states := map[string]string{}
 	for _, r := range stored {
-		if states[r.Title] != "" || l.states[r.Title] == nil || !strings.HasPrefix(r.Title, r.User) {
-			l.t.Errorf("%q of %s exists twice, or was never sent", r.Title, r.User)
+		switch {
+		case states[r.Title] != "":
+			l.t.Errorf("%q of %s exists twice", r.Title, r.User)
+		case l.states[r.Title] == nil || !strings.HasPrefix(r.Title, r.User):
+			l.t.Errorf("%q of %s was never sent", r.Title, r.User)
 		}
 		states[r.Title] = r.State
 	}

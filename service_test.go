@@ -604,8 +604,18 @@ func thisRelease() (string, error) { return os.Executable() }
 // releaseDir contains the binaries that the tests build.
 var releaseDir = filepath.Join(os.TempDir(), fmt.Sprint("todo-app-releases-", os.Getpid()))
 
-// laterRelease returns a release of this code whose schema.sql has more steps. It is built once.
+// laterStep returns "step N" for the nth step after those of this release.
+func laterStep(n int) string {
+	steps, _ := parseSteps(schema)
+	return fmt.Sprint("step ", len(steps)+n)
+}
+
+// laterRelease returns a release of this code whose schema.sql has more steps, which begin with a
+// line "-- step: title". It is built once.
 func laterRelease(name, steps string) release {
+	for n := 1; strings.Contains(steps, "-- step:"); n++ {
+		steps = strings.Replace(steps, "-- step:", "-- "+laterStep(n)+":", 1)
+	}
 	return sync.OnceValues(func() (program string, err error) {
 		original, err := filepath.Abs("schema.sql")
 		if err != nil {
@@ -623,7 +633,8 @@ func laterRelease(name, steps string) release {
 		if err != nil {
 			return "", err
 		}
-		build := exec.Command("go", "build", "-overlay", program+".json", "-o", program, ".")
+		build := exec.Command("go", "build", "-buildvcs=false", "-overlay", program+".json",
+			"-o", program, ".")
 		if out, err := build.CombinedOutput(); err != nil {
 			return "", fmt.Errorf("build the release %s: %w: %s", name, err, out)
 		}
@@ -806,6 +817,14 @@ func changeURL(t testing.TB, change func(*url.URL)) string {
 	return u.String()
 }
 
+// withParam appends a parameter to a connection string.
+func withParam(databaseURL, param string) string {
+	if strings.Contains(databaseURL, "?") {
+		return databaseURL + "&" + param
+	}
+	return databaseURL + "?" + param
+}
+
 var testDatabase = regexp.MustCompile(`^/test_[a-z0-9]+$`)
 
 // databaseName returns the name of a database of createDatabase.
@@ -890,8 +909,8 @@ func waitBlocked(t testing.TB, tx pgx.Tx, n int) {
 	})
 }
 
-// catalogState describes everything in the schema public. Every statement that changes a definition
-// changes it, even if the new definition is the same.
+// catalogState describes the relations, columns, indexes and comments in the schema public. It also
+// changes if a definition is replaced by the same one.
 func catalogState(t testing.TB, on runner) string {
 	t.Helper()
 	return sqlValue[string](t, on, `
@@ -930,7 +949,8 @@ func (s *statementTracer) TraceQueryStart(
 	return s.database.TraceQueryStart(ctx, conn, data)
 }
 
-// newTracedDatabase is newDatabase without a log. It keeps a statementTracer.
+// newTracedDatabase is newDatabase without a log. If config has a statementTracer, that wraps the
+// tracer of the database.
 func newTracedDatabase(config *pgxpool.Config) (*database, error) {
 	tracer, ok := config.ConnConfig.Tracer.(*statementTracer)
 	d, err := newDatabase(config, slog.New(slog.DiscardHandler))
@@ -964,7 +984,7 @@ func (p plan) nodes() []plan {
 func explain(t testing.TB, d *database, mode string, asked pgx.TraceQueryStartData) plan {
 	t.Helper()
 	tx := begin(t, d)
-	defer tx.Rollback(t.Context())
+	defer tx.Rollback(t.Context())               // frees the connection for the next one
 	named := asked.Args[1].(pgx.StrictNamedArgs) // after the execution mode
 	sql, values, err := named.RewriteQuery(t.Context(), nil, asked.SQL, nil)
 	if err != nil {
@@ -972,7 +992,8 @@ func explain(t testing.TB, d *database, mode string, asked pgx.TraceQueryStartDa
 	}
 	var args []string
 	for _, v := range values {
-		args = append(args, fmt.Sprintf("'%v'", v))
+		text := fmt.Sprint(v) // the arguments of lists and counts are numbers, booleans and a user id
+		args = append(args, "'"+strings.ReplaceAll(text, "'", "''")+"'")
 	}
 	sqlExec(t, tx, `SET LOCAL plan_cache_mode = `+mode+`; PREPARE explained AS `+sql)
 	text := sqlValue[string](t, tx, `EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE explained (`+

@@ -243,7 +243,7 @@ func (l *creator) use(conn net.Conn, text string) {
 func TestShutdownLosesNothing(t *testing.T) {
 	t.Parallel()
 	for range 8 {
-		p := startProcess(t, "DATABASE_URL="+sharedDatabaseURL()+"&pool_max_conns=8", "LOG_LEVEL=warn")
+		p := startProcess(t, "DATABASE_URL="+withParam(sharedDatabaseURL(), "pool_max_conns=8"), "LOG_LEVEL=warn")
 		p.waitReady()
 		l := &creator{t: t}
 		clients, users := make(chan *client, 16), []string{}
