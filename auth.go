@@ -15,7 +15,7 @@ import (
 )
 
 const (
-	minSecret     = 32               // bytes, as many as the hash has; RFC 7518, section 3.2
+	minSecret     = 32               // bytes, the size of a SHA-256 hash; RFC 7518, section 3.2
 	maxSubject    = 512              // bytes; also a CHECK in schema.sql
 	clockLeeway   = 30 * time.Second // between the front end's clock and this one
 	tokenLifetime = time.Hour        // of the tokens that `todo-app token` prints
@@ -38,7 +38,7 @@ func newAuthenticator(secret, secrets, audience, issuer string) (*authenticator,
 	a := &authenticator{audience: audience, issuer: issuer}
 	if secret == "" && secrets == "" {
 		return nil, errors.New("BETTER_AUTH_SECRET is not set: " +
-			"set it to the secret of the same name on the Next.js side")
+			"set it to the secret of the same name in the Next.js application")
 	}
 	if secret != "" { // neither decoded nor trimmed, as in Better Auth
 		if err := a.addKey("BETTER_AUTH_SECRET", secret); err != nil {
@@ -93,7 +93,7 @@ func (a *authenticator) addKey(setting, secret string) error {
 	public := []string{
 		"better-auth-secret-123456789",                     // Better Auth's default up to 1.3
 		"better-auth-secret-12345678901234567890",          // and since
-		"only-for-development-the-secret-of-with-postgres", // of with-postgres, in earlier releases
+		"only-for-development-the-secret-of-with-postgres", // of with-postgres in earlier releases
 	}
 	const remedy = "make one with `openssl rand -base64 32`"
 	switch {
@@ -102,16 +102,16 @@ func (a *authenticator) addKey(setting, secret string) error {
 	case len(secret) < minSecret:
 		return fmt.Errorf("%s has fewer than %d bytes: %s", setting, minSecret, remedy)
 	}
-	const quotes = "\"'`\u201c\u201d\u2018\u2019"
-	first, last := firstRune(secret), lastRune(secret)
+	const byteOrderMark, quotes = "\ufeff", "\"'`\u201c\u201d\u2018\u2019"
+	first, _ := utf8.DecodeRuneInString(secret)
 	switch {
 	case secret != strings.TrimSpace(secret):
 		a.warn(setting, "begins or ends with white space, for example the line break that echo appends")
-	case first == '\ufeff' || last == '\ufeff':
+	case secret != strings.Trim(secret, byteOrderMark):
 		a.warn(setting, "begins or ends with a byte order mark")
-	case strings.ContainsRune(quotes, first) || strings.ContainsRune(quotes, last):
+	case secret != strings.Trim(secret, quotes):
 		a.warn(setting, "begins or ends with a quotation mark")
-	case strings.Count(secret, string(first)) == utf8.RuneCountInString(secret):
+	case strings.Trim(secret, string(first)) == "":
 		a.warnings = append(a.warnings, setting+" is one repeated character: "+remedy)
 	}
 	a.keys.Keys = append(a.keys.Keys, []byte(secret))
@@ -120,11 +120,8 @@ func (a *authenticator) addKey(setting, secret string) error {
 
 func (a *authenticator) warn(setting, problem string) {
 	a.warnings = append(a.warnings, setting+" "+problem+
-		". It is used unchanged; tokens are valid only if the Next.js side has exactly the same value")
+		". It is used unchanged; tokens are valid only if the Next.js application has the same value")
 }
-
-func firstRune(s string) rune { r, _ := utf8.DecodeRuneInString(s); return r }
-func lastRune(s string) rune  { r, _ := utf8.DecodeLastRuneInString(s); return r }
 
 // user returns the verified user of a request. It returns errNoToken if there is no bearer token in
 // the Authorization header, and errBadToken if the token is invalid or there is more than one such
@@ -156,6 +153,7 @@ func (a *authenticator) verify(raw string) (string, error) {
 	if err != nil {
 		return "", badToken(tokenProblem(token, err))
 	}
+	// A time in milliseconds is millennia away, and a huge number overflows jwt's int64.
 	for _, name := range []string{"exp", "nbf"} {
 		if t, ok := claims[name].(float64); ok && (t < 0 || t >= year10000) {
 			return "", badToken(name + " is outside the years 1970 to 9999: is it in milliseconds?")

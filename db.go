@@ -232,6 +232,7 @@ func (d *database) acquire(ctx context.Context) (*pgxpool.Conn, error) {
 	defer stop()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	ctx = context.WithValue(ctx, acquireEnded{}, ctx.Done()) // for beforeConnect
 	busy := time.AfterFunc(acquireTimeout, func() {
 		if s := d.pool.Stat(); s.AcquiredConns() == s.MaxConns() {
 			cancel(fmt.Errorf("all connections were busy for %v", acquireTimeout))
@@ -254,6 +255,10 @@ func (d *database) acquire(ctx context.Context) (*pgxpool.Conn, error) {
 		return nil, fmt.Errorf("%w: %w%s", errConnection, err, failure)
 	}
 }
+
+// acquireEnded is the key of the Done channel of acquire. The pool replaces the context's own, so
+// that an attempt to connect goes on after its request has ended.
+type acquireEnded struct{}
 
 // A permanentError is a state of the database that this process cannot change. Its text is one line
 // for the operator.
@@ -375,9 +380,16 @@ func (d *database) TraceQueryEnd(ctx context.Context, _ *pgx.Conn, data pgx.Trac
 // beforeConnect delays an attempt to connect after a failure, and sets the session's parameters.
 // The delay is not in acquire, so that the size of the pool limits the number of attempts, and not
 // the number of waiting requests. It polls, because the success of another attempt ends the delay.
+// A delayed attempt ends with its request: otherwise the attempts of an outage would all start at
+// once after it, and slow down the only one that a request waits for.
 func (d *database) beforeConnect(ctx context.Context, conn *pgx.ConnConfig) error {
+	ended, _ := ctx.Value(acquireEnded{}).(<-chan struct{})
 	for !d.mayConnect() {
-		if !sleep(ctx, 10*time.Millisecond+rand.N(20*time.Millisecond)) {
+		select {
+		case <-time.After(10*time.Millisecond + rand.N(20*time.Millisecond)):
+		case <-ended:
+			return errors.New("the request has ended")
+		case <-ctx.Done(): // the pool is closed
 			return ctx.Err()
 		}
 	}
@@ -798,8 +810,9 @@ func (d *database) applySteps(ctx context.Context, deadline time.Time) (err erro
 		switch {
 		case err != nil || n == 0:
 			return err
-		case n == last: // step 1 did not create a missing index, because its name is taken
-			return permanentError("the table public.tasks has no " + state.missingIndex() +
+		case n == last: // the step did not create a missing index, because its name is taken
+			_, index := state.missingIndex()
+			return permanentError("the table public.tasks has no index " + index +
 				": create it, or rename the other index that has its name; see docs/moving.md")
 		}
 		if err := d.applyStep(ctx, conn, n); err != nil {
@@ -837,7 +850,7 @@ func (d *database) applyStep(ctx context.Context, conn *pgxpool.Conn, n int) err
 		}
 		applying = true
 		d.log.Info("applying "+name, "schema_step", n)
-		// Step 1 is also applied again, to create an index; the number must not go back.
+		// A step is also applied again, to create an index; the number must not go back.
 		_, err = tx.Exec(ctx, fmt.Sprintf("%s\n;\n"+
 			"COMMENT ON TABLE public.tasks IS 'todo-app schema step %d'", s.sql, max(n, state.applied())))
 		return err
@@ -884,7 +897,7 @@ type schemaState struct {
 	Kind     *string // pg_class.relkind, "r" for a table; nil if there is none
 	Comment  *string
 	Columns  []string
-	Indexes  []string // valid ones, each described as in neededIndexes
+	Indexes  []string // valid ones, each as in neededIndexes
 	ReadOnly bool     // the session rejects writes
 }
 
@@ -929,14 +942,17 @@ func inspect(ctx context.Context, on interface {
 	return state, err
 }
 
-// The columns and indexes that the statements of this binary need. The first index belongs to
-// CREATE TABLE; step 1, applied again, creates the others if they are missing.
+// The columns and indexes that the statements of this binary need. If an index is missing, its step
+// is applied again, which creates it unless it belongs to CREATE TABLE.
 var (
 	neededColumns = strings.Split(columns+", idempotency_key, request_hash", ", ")
-	neededIndexes = []string{
-		"unique (user_id, id)",
-		"(user_id, completed, id)",
-		"unique (user_id, idempotency_key) WHERE",
+	neededIndexes = []struct {
+		step int
+		text string
+	}{
+		{1, "unique (user_id, id)"},
+		{1, "(user_id, completed, id)"},
+		{1, "unique (user_id, idempotency_key) WHERE"},
 	}
 )
 
@@ -974,21 +990,19 @@ func (s schemaState) next(steps int) (int, error) {
 				": restore it, or start the release that matches the schema")
 		}
 	}
-	if s.missingIndex() != "" {
-		return 1, nil
-	}
-	return 0, nil
+	step, _ := s.missingIndex()
+	return step, nil
 }
 
-// missingIndex describes an index that the statements need and the table lacks, "" if there is
-// none.
-func (s schemaState) missingIndex() string {
+// missingIndex returns an index that the statements need and the table lacks, and its step, which
+// is 0 if there is none.
+func (s schemaState) missingIndex() (step int, text string) {
 	for _, index := range neededIndexes {
-		if !slices.Contains(s.Indexes, index) {
-			return "index " + strings.Replace(index, "WHERE", "WHERE idempotency_key IS NOT NULL", 1)
+		if !slices.Contains(s.Indexes, index.text) {
+			return index.step, strings.Replace(index.text, "WHERE", "WHERE idempotency_key IS NOT NULL", 1)
 		}
 	}
-	return ""
+	return 0, ""
 }
 
 // verify returns nil if the schema is in place, and a permanentError if it is not. It takes one

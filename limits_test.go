@@ -290,8 +290,13 @@ func TestTurnsInAnOutage(t *testing.T) {
 				return d.outage()
 			})
 			lists(outageWait)
+			dials := r.dials.Load()
 			r.heal()
 			retryAfterPause(t, func() error { return c.listWithin(outageWait) })
+			// No attempts to connect are left of the requests that have ended.
+			if n := r.dials.Load() - dials; n > 4 {
+				t.Errorf("%d attempts to connect for one list, want one or two", n)
+			}
 			eventually(t, "end of all turns", func() bool { return noTurns(s) })
 		})
 	}

@@ -46,7 +46,8 @@ import (
 
 const (
 	// A response begins at most 19 s after the first byte of its request: headerTimeout plus
-	// requestTimeout. writeTimeout also starts at the end of the header; its extra second is to send.
+	// requestTimeout. writeTimeout also starts at the end of the header; the extra second is for
+	// sending the response.
 	headerTimeout  = 4 * time.Second
 	requestTimeout = 15 * time.Second
 	writeTimeout   = 16 * time.Second
@@ -57,18 +58,19 @@ const (
 	turnTimeout    = 5 * time.Second        // to wait for a turn while the database answers
 
 	maxHeader = 16<<10 - 4<<10 // bytes; net/http adds 4 KiB
-	maxBody   = 64 << 10       // bytes; four times the largest valid task
+	maxBody   = 64 << 10       // bytes; four times the largest task, all its characters escaped
 	maxLogged = 4 << 10        // bytes of an error or a statement in the log
 
 	// Shutdown. Cloud Run kills the process 10 s after SIGTERM.
 	graceTime   = time.Second             // requests are still accepted
-	settleTime  = 200 * time.Millisecond  // twice: see publicListener.stop
+	queueTime   = 200 * time.Millisecond  // see publicListener.stop
+	settleTime  = 500 * time.Millisecond  // see publicListener.stop
 	cancelAfter = 7 * time.Second         // from the signal until database work is canceled
 	closeAfter  = 8 * time.Second         // from the signal until connections are closed
-	exitAfter   = 8500 * time.Millisecond // from the signal until the process exits in any case
+	exitAfter   = 8500 * time.Millisecond // from the signal until the process exits
 
 	// The defaults of GOGC and GOMEMLIMIT. With a live heap of about 4 MB, GOGC=300 saves a quarter
-	// of the processor time of a list. Fly.io's smallest machine has 256 MB.
+	// of the CPU time of a list. Fly.io's smallest machine has 256 MB.
 	gcPercent   = 300
 	memoryLimit = 100 << 20 // bytes
 )
@@ -90,8 +92,8 @@ func main() {
 	}
 }
 
-// run executes a command: without arguments it serves until ctx is done or a signal arrives. An
-// error before it serves names the setting that is missing or invalid.
+// run executes a command: without arguments it serves until ctx is done or a signal arrives. The
+// error for a missing or invalid setting names it.
 func run(ctx context.Context, args []string, getenv func(string) string, stdout io.Writer) error {
 	switch {
 	case len(args) == 0:
@@ -104,8 +106,9 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 	return errors.New("usage: todo-app | todo-app migrate | todo-app token USER_ID [CLAIM=VALUE ...]")
 }
 
-// printToken prints a token for user that is valid for an hour. Each claim is NAME=VALUE. A VALUE
-// that is not JSON is text.
+// printToken prints a token for user that is valid for tokenLifetime. Each claim is NAME=VALUE. A
+// VALUE that is not JSON is a string. Claims that the service itself sets, such as sub, have no
+// effect.
 func printToken(
 	user string, claims []string, getenv func(string) string, stdout io.Writer,
 ) error {
@@ -126,14 +129,15 @@ func printToken(
 		extra[name] = value
 	}
 	token, err := auth.sign(user, extra)
-	if err == nil {
-		_, err = fmt.Fprintln(stdout, token)
+	if err != nil {
+		return err
 	}
+	_, err = fmt.Fprintln(stdout, token)
 	return err
 }
 
-// migrate applies the schema and returns nil once the database is up to date. Of the settings it
-// requires DATABASE_URL alone.
+// migrate applies the schema and returns nil once the database is up to date. It reads the settings
+// DATABASE_URL and LOG_LEVEL alone.
 func migrate(ctx context.Context, getenv func(string) string, stdout io.Writer) error {
 	level, err := readLogLevel(getenv)
 	if err != nil {
@@ -273,7 +277,7 @@ func newServer(
 ) *server {
 	s := &server{auth: auth, db: db, log: log, origins: origins, project: project}
 	s.mux = http.NewServeMux()
-	s.turns.limit = max(1, int(db.pool.Config().MaxConns)/3)
+	s.turns.limit = max(1, int(db.pool.Config().MaxConns)/3) // a user may occupy a third of the pool
 	s.work, s.cancel = context.WithCancel(context.Background())
 	for pattern, e := range s.routes() {
 		s.mux.HandleFunc(pattern, s.handle(e))
@@ -288,7 +292,7 @@ func (s *server) routes() map[string]endpoint {
 		"GET /api/{user_id}/tasks":                 s.forUser(s.listTasks),
 		"POST /api/{user_id}/tasks":                s.forUser(s.createTask),
 		"GET /api/{user_id}/tasks/{id}":            s.forUser(s.getTask),
-		"PUT /api/{user_id}/tasks/{id}":            s.forUser(s.updateTask),
+		"PUT /api/{user_id}/tasks/{id}":            s.forUser(s.updateTask), // as PATCH: see change
 		"PATCH /api/{user_id}/tasks/{id}":          s.forUser(s.updateTask),
 		"PATCH /api/{user_id}/tasks/{id}/complete": s.forUser(s.completeTask),
 		"DELETE /api/{user_id}/tasks/{id}":         s.forUser(s.deleteTask),
@@ -307,7 +311,8 @@ var usedHeaders = []string{
 }
 
 // ServeHTTP sets the headers of every response. It drops all request headers but usedHeaders,
-// because thousands of short ones would occupy a megabyte while the request waits.
+// because thousands of short ones would occupy a megabyte while the request waits. It changes r
+// itself, because net/http keeps r and so would keep the headers.
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	used := http.Header{}
 	for _, name := range usedHeaders {
@@ -332,21 +337,22 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.mux.ServeHTTP(w, r)
 }
 
-// saneID matches an X-Request-Id that the log and the response may repeat.
+// saneID matches an X-Request-Id that is safe to log and to send back.
 var saneID = regexp.MustCompile(`^[0-9A-Za-z._:/+=-]{1,128}$`)
 
 // An endpoint either writes the response or returns an error, never both.
 //
-// ctx ends at the request's deadline, not when the client disconnects: the statement may commit
-// anyway, and canceling it closes its database connection. pgx's CancelRequestContextWatcherHandler
-// would keep the connection, but a cancel request that arrives late can cancel the next statement.
+// ctx ends at the request's deadline, or when a shutdown cancels the database work. It does not end
+// when the client disconnects: the statement may commit anyway, and canceling it closes its
+// database connection. pgx's CancelRequestContextWatcherHandler would keep the connection, but a
+// cancel request that arrives late can cancel the next statement.
 type endpoint func(ctx context.Context, w http.ResponseWriter, r *http.Request) error
 
 // handle makes an endpoint the handler of a route. It does what all routes have in common: the
 // deadline, the response to an error or a panic, the log line and the metrics.
 func (s *server) handle(e endpoint) http.HandlerFunc {
 	return func(rw http.ResponseWriter, r *http.Request) {
-		ctx, timing := withTiming(s.work)
+		ctx, used := withTiming(s.work)
 		ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 		defer cancel()
 		w := &response{ResponseWriter: rw}
@@ -360,7 +366,7 @@ func (s *server) handle(e endpoint) http.HandlerFunc {
 		if err != nil && w.status == 0 {
 			writeError(w, err)
 		}
-		s.record(w, r, timing, err)
+		s.record(w, r, used, err)
 	}
 }
 
@@ -457,22 +463,26 @@ func (t *turns) take(ctx context.Context, db *database, user string) (done func(
 	}
 	u.requests++
 	t.mu.Unlock()
-	leave := func() {
+	end := func() {
 		t.mu.Lock()
 		defer t.mu.Unlock()
 		if u.requests--; u.requests == 0 {
 			delete(t.users, user)
 		}
 	}
+	defer func() {
+		if err != nil {
+			end()
+		}
+	}()
 	ctx, cancel := db.limitInOutage(ctx)
 	defer cancel()
-	const tick = 50 * time.Millisecond
+	const tick = 50 * time.Millisecond // it polls whether the database answers
 	for waited := time.Duration(0); waited < turnTimeout; {
 		select {
 		case u.progress <- struct{}{}:
-			return func() { <-u.progress; leave() }, nil
+			return func() { <-u.progress; end() }, nil
 		case <-ctx.Done():
-			leave()
 			return nil, fmt.Errorf("%w: wait for a turn: %w", errUnavailable, context.Cause(ctx))
 		case <-time.After(tick):
 			if db.answers() {
@@ -480,7 +490,6 @@ func (t *turns) take(ctx context.Context, db *database, user string) (done func(
 			}
 		}
 	}
-	leave()
 	return nil, errTooMany
 }
 
@@ -523,11 +532,11 @@ var (
 	errCutBody   = apiError{400, "The request body is malformed or shorter than its Content-Length."}
 	errNoToken   = apiError{401, "Send an access token in the header Authorization: Bearer <token>."}
 	errBadToken  = apiError{401, "The access token is invalid or has expired. Get a new one."}
-	errOtherUser = apiError{403, "The access token is for another user than the one in the path."}
+	errOtherUser = apiError{403, "The access token belongs to another user than the one in the path."}
 	errNoPath    = apiError{404, "There is no such path."}
 	errNotFound  = apiError{404, "Not found: this id does not exist or belongs to another user."}
-	errMethod    = apiError{405, "This path does not accept this method. " +
-		"The Allow header lists the methods that it accepts."}
+	errMethod    = apiError{405, "This path does not support this method. " +
+		"The Allow header lists the supported methods."}
 	errSlowBody = apiError{408, "The request body did not arrive in time."}
 	errChanged  = apiError{412, "The version in If-Match is not the current one. " +
 		"Get the current version, apply your change to it and try again."}
@@ -536,7 +545,7 @@ var (
 		"Send Content-Type: application/json."}
 	errEncoded = apiError{415, "The request body must not be compressed. " +
 		"Send it without Content-Encoding."}
-	errKeyReused = apiError{422, "This Idempotency-Key was used with another body. " +
+	errKeyReused = apiError{422, "This Idempotency-Key was already used with another body. " +
 		"Use a new key for a new request."}
 	errTooMany = apiError{429, "Too many of your requests are in progress. " +
 		"Try again shortly; nothing was changed."}
@@ -546,7 +555,7 @@ var (
 		"with the same Idempotency-Key or If-Match it is safe to repeat."}
 )
 
-// invalid returns the error for a value that breaks a rule. The text must name both.
+// invalid returns the error for an invalid value. The text must name the value and its rule.
 func invalid(format string, args ...any) error {
 	return apiError{422, fmt.Sprintf(format, args...)}
 }
@@ -597,7 +606,7 @@ func readObject(
 	ctx context.Context, w http.ResponseWriter, r *http.Request,
 ) (map[string]json.RawMessage, error) {
 	unsupported := checkMediaType(r)
-	switch { // in the documented order of checks: 413, then 415
+	switch { // 413 comes before 415, and both before the body is read
 	case r.ContentLength > maxBody:
 		return nil, errLargeBody
 	case r.ContentLength > 0 && unsupported != nil:
@@ -606,9 +615,9 @@ func readObject(
 	stopReading := func() { http.NewResponseController(w).SetReadDeadline(time.Now()) }
 	stop := context.AfterFunc(ctx, stopReading)
 	defer stop()
-	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
+	body, err := io.ReadAll(http.MaxBytesReader(nil, r.Body, maxBody)) // writeError closes
 	_, tooLarge := errors.AsType[*http.MaxBytesError](err)
-	switch { // the same for a chunked body, then 408 or 400
+	switch { // a chunked body has no Content-Length, so the first two checks are repeated
 	case tooLarge:
 		return nil, errLargeBody
 	case len(body) > 0 && unsupported != nil:
@@ -660,8 +669,8 @@ func parseObject(body []byte) (map[string]json.RawMessage, error) {
 	return members, nil
 }
 
-// hasLoneSurrogate reports whether a \u escape in valid JSON is half of a surrogate pair, which is
-// not a character (RFC 8259, section 8.2).
+// hasLoneSurrogate reports whether a \u escape is half of a surrogate pair, which is not a
+// character (RFC 8259, section 8.2). The text must be valid JSON.
 func hasLoneSurrogate(text []byte) bool {
 	codeUnit := func(hex []byte) rune {
 		n, _ := strconv.ParseUint(string(hex), 16, 16)
@@ -681,10 +690,8 @@ func hasLoneSurrogate(text []byte) bool {
 		if !utf16.IsSurrogate(first) {
 			continue
 		}
-		if !bytes.HasPrefix(text, []byte(`\u`)) {
-			return true
-		}
-		if utf16.DecodeRune(first, codeUnit(text[2:6])) == utf8.RuneError {
+		if !bytes.HasPrefix(text, []byte(`\u`)) ||
+			utf16.DecodeRune(first, codeUnit(text[2:6])) == utf8.RuneError {
 			return true
 		}
 		text = text[6:]
@@ -705,8 +712,8 @@ func document(contentType string, content []byte) endpoint {
 	}
 }
 
-// docsPolicy allows docs.html the script and style sheet of Swagger UI, its own script (by its
-// hash), and calls to this API.
+// docsPolicy lets docs.html load the script and style sheet of Swagger UI, run its own script,
+// which the hash names, and call this API.
 const docsPolicy = "default-src 'none'; " +
 	"script-src https://cdn.jsdelivr.net/npm/swagger-ui-dist@5.35.0/ " +
 	"'sha256-yXh1OrGy64wi+FamPYbkEUpk/8ci6RvuqFDyHak2/Ms='; " +
@@ -721,8 +728,8 @@ func (s *server) docs(_ context.Context, w http.ResponseWriter, _ *http.Request)
 	return nil
 }
 
-// live reports that the process runs. Platforms poll it every few seconds, so it does not use the
-// database: Neon would never suspend the compute.
+// live reports that the process is running. It does not use the database, because platforms poll it
+// every few seconds, which would keep Neon from suspending the compute.
 func (s *server) live(_ context.Context, w http.ResponseWriter, _ *http.Request) error {
 	return writeJSON(w, http.StatusOK, map[string]string{"status": "alive"})
 }
@@ -760,8 +767,9 @@ func (s *server) setCORS(w http.ResponseWriter, r *http.Request) {
 		"Retry-After, Idempotency-Replayed, WWW-Authenticate")
 }
 
-// preflight answers an OPTIONS request of a listed origin. It allows the headers that the API reads
-// and those that the page requests, because tracing libraries add their own to every request.
+// preflight answers an OPTIONS request of a listed origin. It allows every header that the page
+// requests, because tracing libraries add their own, and always those that the API reads, because
+// the browser reuses the answer for later requests.
 func preflight(w http.ResponseWriter, r *http.Request) {
 	allowed := []string{"Authorization", "Content-Type", "If-Match", "If-None-Match",
 		"Idempotency-Key", "X-Request-Id"}
@@ -779,7 +787,7 @@ func preflight(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNoContent)
 }
 
-// headerName matches a header name (RFC 9110, section 5.6.2).
+// headerName matches a header name (RFC 9110, section 5.6.2) of at most 64 characters.
 var headerName = regexp.MustCompile("^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}$")
 
 // newLogger writes one JSON object per line, with the field names and severities of Google Cloud's
@@ -800,10 +808,12 @@ func newLogger(w io.Writer, level slog.Level) *slog.Logger {
 }
 
 // record logs a request in one line and counts it.
-func (s *server) record(w *response, r *http.Request, timing *timing, err error) {
-	took := time.Since(timing.start)
-	route := r.Pattern[strings.Index(r.Pattern, " ")+1:] // without the method, if it has one
-	method := r.Method
+func (s *server) record(w *response, r *http.Request, used *timing, err error) {
+	took := time.Since(used.start)
+	method, route := r.Method, r.Pattern
+	if _, path, ok := strings.Cut(r.Pattern, " "); ok {
+		route = path
+	}
 	if !slices.Contains(methods, method) {
 		method = "other" // clients can invent any number of methods, of any length
 	}
@@ -812,7 +822,7 @@ func (s *server) record(w *response, r *http.Request, timing *timing, err error)
 	switch {
 	case w.status == http.StatusServiceUnavailable:
 		level = slog.LevelWarn
-	case w.status >= 500:
+	case w.status >= 500 || err != nil && w.status < 400: // an error after the header was written
 		level = slog.LevelError
 	}
 	attrs := []slog.Attr{
@@ -822,8 +832,8 @@ func (s *server) record(w *response, r *http.Request, timing *timing, err error)
 		slog.Int("status", w.status),
 		slog.Int64("duration_us", took.Microseconds()),
 		slog.Int("bytes", w.bytes),
-		slog.Int64("db_us", timing.total.Microseconds()),
-		slog.Int64("db_wait_us", timing.waiting.Microseconds()),
+		slog.Int64("db_us", used.total.Microseconds()),
+		slog.Int64("db_wait_us", used.waiting.Microseconds()),
 	}
 	if err != nil {
 		attrs = append(attrs, slog.String("error", truncate(err.Error(), maxLogged)))
@@ -841,7 +851,8 @@ func (s *server) record(w *response, r *http.Request, timing *timing, err error)
 
 var traceID = regexp.MustCompile(`\b[0-9a-fA-F]{32}\b`)
 
-// truncate returns the first n bytes of text, without a character that was cut.
+// truncate returns at most the first n bytes of text, without invalid UTF-8 such as a character
+// that was cut.
 func truncate(text string, n int) string {
 	if len(text) <= n {
 		return text
@@ -849,11 +860,11 @@ func truncate(text string, n int) string {
 	return strings.ToValidUTF8(text[:n], "")
 }
 
-// buckets are the upper bounds of the histogram, in seconds. The database may be 1 ms away, or
-// 100 ms, or suspended; a request ends after requestTimeout.
+// buckets are the upper bounds of the histogram, in seconds. A round trip to the database takes 1
+// to 100 ms, or longer if the compute is suspended. A request ends after requestTimeout.
 var buckets = [...]float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 16}
 
-// metrics counts requests. There are few series, because a route is a pattern.
+// metrics counts requests. There are few series, because the label route is the pattern of a path.
 type metrics struct {
 	mu       sync.Mutex
 	requests map[requestSeries]int
@@ -933,9 +944,9 @@ func (s *server) serveMetrics(w http.ResponseWriter, _ *http.Request) {
 		name, kind, help string
 		value            any // a number
 	}{
-		{"todo_db_statements_total", "counter", "Statements sent to the database.",
+		{"todo_db_statements_total", "counter", "Statements that have ended, including failed ones.",
 			db.statements.Load()},
-		{"todo_db_statement_seconds_total", "counter", "Time from sending a statement to its last row.",
+		{"todo_db_statement_seconds_total", "counter", "Time that statements took, preparation included.",
 			time.Duration(db.statementTime.Load()).Seconds()},
 		{"todo_db_connections_acquired", "gauge", "Connections in use.", pool.AcquiredConns()},
 		{"todo_db_connections_idle", "gauge", "Connections not in use.", pool.IdleConns()},
@@ -1060,34 +1071,37 @@ func (s *server) drain(public *http.Server, listener *publicListener, graceful b
 	}
 }
 
-// A publicListener can stop accepting connections without losing a request.
+// A publicListener can stop accepting connections without dropping a request.
 type publicListener struct {
 	*net.TCPListener
-	stopped chan struct{} // closed at the end of the pause in stop
-	queue   []net.Conn    // what Accept returns after that
+	stopped chan struct{} // closed once the socket is closed and queue is complete
+	queue   []net.Conn    // for Accept to return after the socket was closed
 }
 
 // stop closes the listener after graceTime. During graceTime, responses ask clients to close their
-// connections: a request is lost if it is sent while the server closes the connection.
+// connections, because a request that is sent while the server closes its connection is dropped.
 //
-// Closing a socket resets the connections that the kernel has established but nobody has accepted.
-// So Accept pauses first, until the clients that send one request after the other wait in the
-// socket's queue. Then all of the queue is accepted and the socket closed in one go. net/http drops
-// a request that it reads after Shutdown was called, so stop also waits until those of the last
-// connections were read. TestShutdownLosesNothing fails without any of this.
+// Closing a socket resets the connections that the kernel has established and Accept has not
+// returned. So stop suspends Accept for queueTime, in which clients that reconnect wait in the
+// kernel's queue. It then accepts the whole queue and closes the socket. It waits for settleTime,
+// because net/http drops a request that it reads after Shutdown was called.
+// TestShutdownLosesNothing fails if any of these steps is removed.
 func (l *publicListener) stop() {
 	time.Sleep(graceTime)
 	l.SetDeadline(time.Now())
-	time.Sleep(settleTime)
+	time.Sleep(queueTime)
 	var queue []int
 	if raw, err := l.SyscallConn(); err == nil {
 		raw.Control(func(socket uintptr) {
 			for {
 				fd, _, err := syscall.Accept(int(socket))
-				if err != nil {
-					return // EAGAIN: the queue is empty
+				switch err {
+				case nil:
+					queue = append(queue, fd)
+				case syscall.EINTR, syscall.ECONNABORTED: // try again
+				default: // EAGAIN: the queue is empty
+					return
 				}
-				queue = append(queue, fd)
 			}
 		})
 	}

@@ -1,15 +1,14 @@
 -- The schema, embedded in the binary: a list of steps. database.applySteps in db.go applies each
--- step once, in order. The comment on the table contains how many steps a database has.
+-- step once, in order. The table's comment contains the number of the last applied step.
 --
 -- To change the schema, append a step. Never edit a step that was released. A step runs in one
 -- transaction, while the previous release still serves: docs/moving.md lists which steps are safe.
--- Step 1 runs again if an index is missing, so its statements have IF NOT EXISTS.
+-- A step runs again if its index is missing, so use IF NOT EXISTS.
 
 -- step 1: create the table and its indexes
 CREATE TABLE IF NOT EXISTS public.tasks (
-    -- The token's sub: opaque, and compared byte for byte, therefore COLLATE "C". It has no foreign
-    -- key to Better Auth's table "user", which may not exist yet and whose id may be text, uuid or
-    -- integer.
+    -- The token's sub. It is opaque; COLLATE "C" compares it byte by byte. It has no foreign key to
+    -- Better Auth's table "user", which may not exist yet and whose id may be text, uuid or integer.
     user_id     text COLLATE "C" NOT NULL CHECK (octet_length(user_id) BETWEEN 1 AND 512),
     id          bigint GENERATED ALWAYS AS IDENTITY,  -- increases with every create, never reused
     title       text NOT NULL CHECK (char_length(title) BETWEEN 1 AND 200),
@@ -32,7 +31,7 @@ CREATE TABLE IF NOT EXISTS public.tasks (
 CREATE INDEX IF NOT EXISTS tasks_user_id_completed_id_idx
     ON public.tasks (user_id, completed, id);
 
--- At most one task for a user's key, also if two instances receive it at the same time. Tasks
+-- At most one task for a user's key, even if two instances receive it at the same time. Tasks
 -- without a key are not in this index.
 CREATE UNIQUE INDEX IF NOT EXISTS tasks_user_id_idempotency_key_idx
     ON public.tasks (user_id, idempotency_key)

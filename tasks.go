@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/url"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -25,12 +26,13 @@ const (
 	maxDescription = 1000 // characters; also a CHECK in schema.sql
 	defaultLimit   = 50   // tasks on a page
 	maxLimit       = 100
-	minKey, maxKey = 16, 255 // bytes of an Idempotency-Key; a UUID has 36
-	maxTags        = 100     // entity-tags in If-Match and If-None-Match
+	maxTags        = 100 // entity-tags in If-Match and If-None-Match
+
+	minIdempotencyKey = 16  // bytes; a UUID has 36
+	maxIdempotencyKey = 255 // bytes; also a CHECK in schema.sql
 )
 
-// A taskKey is the primary key of a task: its owner and its id. The id is 0 in a request for all
-// tasks of the owner.
+// A taskKey is the primary key of a task: its owner and its id. The id is 0 on routes without {id}.
 type taskKey struct {
 	user string // verified
 	id   int64
@@ -57,8 +59,8 @@ const timestampFormat = "2006-01-02T15:04:05.000000Z" // RFC 3339
 
 // ScanTimestamptz reads a timestamp from a row.
 func (t *timestamp) ScanTimestamptz(v pgtype.Timestamptz) error {
-	if v.InfinityModifier != pgtype.Finite {
-		return errors.New("a timestamp is infinite")
+	if !v.Valid || v.InfinityModifier != pgtype.Finite {
+		return errors.New("a timestamp is NULL or infinite")
 	}
 	*t = timestamp(v.Time)
 	return nil
@@ -81,12 +83,13 @@ var entityTag = regexp.MustCompile(`^(?:W/)?"([^"\x00-\x20\x7f]*)"[ \t]*(?:,|$)`
 
 // A tagList is the value of If-Match or If-None-Match.
 type tagList struct {
-	any      bool        // the value is *
+	wildcard bool        // the value is *
 	versions []time.Time // of the tags of this service; another tag matches no version
 }
 
 // tags parses a header, and returns nil if the request does not have it. A proxy that compresses
-// responses rewrites their tags as W/"…" or "…-gzip"; such a tag still names the same version.
+// responses rewrites their tags as W/"…" or "…-gzip". Such a tag still names the same version, so
+// it matches in If-Match too, although RFC 9110 does not let weak tags match there.
 func tags(r *http.Request, header string) (*tagList, error) {
 	values := r.Header[header]
 	if values == nil {
@@ -94,21 +97,23 @@ func tags(r *http.Request, header string) (*tagList, error) {
 	}
 	text := strings.Trim(strings.Join(values, ","), ", \t")
 	if text == "*" {
-		return &tagList{any: true}, nil
+		return &tagList{wildcard: true}, nil
 	}
-	list := &tagList{versions: []time.Time{}} // not nil, which SQL would read as no list
-	for n := 0; n == 0 || text != ""; n++ {
+	list := &tagList{}
+	for range maxTags {
 		match := entityTag.FindStringSubmatch(text)
-		if match == nil || n == maxTags {
-			return nil, invalid("%s must be * or a list of up to %d entity-tags such as %s, "+
-				"in double quotes", header, maxTags, task{}.etag())
+		if match == nil {
+			break
 		}
 		if version, ok := parseVersion(match[1]); ok {
 			list.versions = append(list.versions, version)
 		}
-		text = strings.TrimLeft(text[len(match[0]):], ", \t")
+		if text = strings.TrimLeft(text[len(match[0]):], ", \t"); text == "" {
+			return list, nil
+		}
 	}
-	return list, nil
+	return nil, invalid("%s must be * or a list of up to %d entity-tags such as %s, "+
+		"in double quotes", header, maxTags, task{}.etag())
 }
 
 // parseVersion reads the quoted part of an entity-tag, which may have a suffix such as -gzip.
@@ -125,17 +130,9 @@ func parseVersion(text string) (time.Time, bool) {
 	return version, !unicode.IsLetter(next) && !unicode.IsDigit(next)
 }
 
-// contains reports whether the list names that version.
+// contains reports whether the list matches a version. A nil list matches none.
 func (l *tagList) contains(version timestamp) bool {
-	if l == nil {
-		return false
-	}
-	for _, v := range l.versions {
-		if v.Equal(time.Time(version)) {
-			return true
-		}
-	}
-	return l.any
+	return l != nil && (l.wildcard || slices.ContainsFunc(l.versions, time.Time(version).Equal))
 }
 
 func writeTask(w http.ResponseWriter, status int, t task) error {
@@ -143,7 +140,8 @@ func writeTask(w http.ResponseWriter, status int, t task) error {
 	return writeJSON(w, status, t)
 }
 
-// A change is what a request body sets. A field that is nil keeps its value.
+// A change is what a request body sets. In an update, a field that is nil keeps its value, with PUT
+// too: a client that does not know a field must not clear it.
 type change struct {
 	title          *string
 	description    *string
@@ -241,10 +239,10 @@ func readIdempotencyKey(r *http.Request) (*string, error) {
 	}
 	key := keys[0]
 	notVisible := func(c rune) bool { return c <= ' ' || c > '~' }
-	wrongLength := len(key) < minKey || len(key) > maxKey
+	wrongLength := len(key) < minIdempotencyKey || len(key) > maxIdempotencyKey
 	if len(keys) > 1 || wrongLength || strings.ContainsFunc(key, notVisible) {
 		return nil, invalid("Idempotency-Key must be one value of %d to %d visible ASCII characters, "+
-			"for example a UUID", minKey, maxKey)
+			"for example a UUID", minIdempotencyKey, maxIdempotencyKey)
 	}
 	return &key, nil
 }
@@ -356,7 +354,7 @@ func (p *queryParams) number(name string, lowest, highest, fallback int64) int64
 	}
 	n, err := strconv.ParseUint(p.values.Get(name), 10, 63) // accepts no sign
 	if err != nil || int64(n) < lowest || int64(n) > highest || len(p.values[name]) > 1 {
-		p.fail("%s must be one whole number from %d to %d", name, lowest, highest)
+		p.fail("%s must be a single whole number from %d to %d", name, lowest, highest)
 	}
 	return int64(n)
 }
@@ -378,8 +376,7 @@ func (s *server) listTasks(
 ) error {
 	q, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
-		return invalid("the query string is malformed: " +
-			"percent-encode every character but letters and digits")
+		return invalid("the query string is malformed: percent-encode reserved characters")
 	}
 	p, err := readPage(q)
 	if err != nil {
@@ -405,13 +402,13 @@ func (s *server) listTasks(
 	return writeJSON(w, http.StatusOK, tasks)
 }
 
-// filter returns the columns that have the same value in all tasks of a list, the values in SQL,
-// and the arguments. An index of the table begins with these columns.
+// filter returns the columns that have the same value in all tasks of a list, these values in SQL,
+// and the arguments. An index of the table must begin with the columns in this order.
 func (p page) filter(user string) (names, values string, args pgx.StrictNamedArgs) {
 	names, values = "user_id", "(SELECT @user_id)"
 	args = pgx.StrictNamedArgs{"user_id": user}
 	if p.completed != nil {
-		names, values = names+", completed", values+", @completed"
+		names, values = names+", completed", values+", (SELECT @completed::boolean)"
 		args["completed"] = *p.completed
 	}
 	return names, values, args
@@ -428,7 +425,7 @@ func (d *database) list(ctx context.Context, user string, p page) ([]task, error
 	names, values, args := p.filter(user)
 	args["last"], args["limit"], args["offset"] = p.before-1, p.limit+1, p.offset
 	redundant := ""
-	if p.completed != nil { // without it the planner may scan the primary key and sort
+	if names != "user_id" { // with a filter, the planner may otherwise scan the primary key and sort
 		redundant = `AND user_id BETWEEN (SELECT @user_id) AND (SELECT @user_id)`
 	}
 	return query(ctx, d, retry, pgx.RowToStructByPos[task], `
@@ -501,7 +498,7 @@ func (s *server) completeTask(
 	return s.applyChange(ctx, w, r, key, c)
 }
 
-// applyChange changes a task if it matches If-Match.
+// applyChange changes a task if its version is in If-Match.
 func (s *server) applyChange(
 	ctx context.Context, w http.ResponseWriter, r *http.Request, key taskKey, c change,
 ) error {
@@ -517,8 +514,8 @@ func (s *server) applyChange(
 }
 
 // update changes a task. The statement itself computes the new values, so that concurrent changes
-// of different fields are all kept. completed <> true toggles completed. updated_at increases even
-// if the clock has not advanced or was set back.
+// of different fields are all kept. updated_at increases even if the clock has not advanced or was
+// set back.
 func (d *database) update(
 	ctx context.Context, key taskKey, match *tagList, c change,
 ) (task, error) {
@@ -526,7 +523,7 @@ func (d *database) update(
 		UPDATE public.tasks
 		SET title = COALESCE(@title, title),
 		    description = CASE WHEN @set_description::boolean THEN @description ELSE description END,
-		    completed = COALESCE(@completed, completed <> @toggle),
+		    completed = CASE WHEN @toggle THEN NOT completed ELSE COALESCE(@completed, completed) END,
 		    updated_at = GREATEST(clock_timestamp(), updated_at + interval '1 microsecond')`,
 		pgx.StrictNamedArgs{"title": c.title, "set_description": c.setDescription,
 			"description": c.description, "completed": c.completed, "toggle": c.toggle})
@@ -551,15 +548,15 @@ func (d *database) delete(ctx context.Context, key taskKey, match *tagList) erro
 	return err
 }
 
-// modify runs an UPDATE or DELETE, to which it adds the WHERE and RETURNING clauses. It returns the
-// task, or errChanged if match does not contain the task's version.
+// modify runs an UPDATE or DELETE, to which it adds the WHERE and RETURNING clauses and their
+// arguments. It returns the task, or errChanged if match does not contain the task's version.
 func (d *database) modify(
 	ctx context.Context, key taskKey, match *tagList, statement string, args pgx.StrictNamedArgs,
 ) (task, error) {
 	statement += `
 		WHERE user_id = @user_id AND id = @id`
 	args["user_id"], args["id"] = key.user, key.id
-	conditional := match != nil && !match.any
+	conditional := match != nil && !match.wildcard
 	if conditional {
 		statement += ` AND updated_at = ANY (@match::timestamptz[])`
 		args["match"] = match.versions
@@ -567,9 +564,10 @@ func (d *database) modify(
 	t, err := queryRow(ctx, d, noRetry, pgx.RowToStructByPos[task], statement+`
 		RETURNING `+columns, args)
 	if errors.Is(err, errNotFound) && conditional {
-		if _, err = d.get(ctx, key); err == nil {
-			err = errChanged
+		if _, err := d.get(ctx, key); err != nil {
+			return t, err
 		}
+		return t, errChanged
 	}
 	return t, err
 }
