@@ -162,10 +162,10 @@ func TestQueryParameters(t *testing.T) {
 	rejections := []rejection{
 		{"limit=0", `^limit .*1 to 100`},
 		{"limit=101", `^limit .*1 to 100`},
-		{"limit=5&limit=5", `^limit .*one`},
-		{"offset=5&offset=", `^offset .*one`},
+		{"limit=5&limit=5", `^limit .*single`},
+		{"offset=5&offset=", `^offset .*single`},
 		{"before=0", `^before .*from 1`},
-		{"before=7&before=8", `^before .*one`},
+		{"before=7&before=8", `^before .*single`},
 		{"before=7&offset=0", `before.*offset`},
 		{"offset=0&before=7&total=true", `before.*offset`},
 		{"completed=true&completed=true", `^completed `},

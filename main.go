@@ -63,8 +63,8 @@ const (
 
 	// Shutdown. Cloud Run kills the process 10 s after SIGTERM.
 	graceTime   = time.Second             // requests are still accepted
-	queueTime   = 200 * time.Millisecond  // see publicListener.stop
-	settleTime  = 500 * time.Millisecond  // see publicListener.stop
+	queueTime   = 200 * time.Millisecond  // connections wait in the kernel's queue
+	settleTime  = 2 * time.Second         // at most, for the requests of the last connections
 	cancelAfter = 7 * time.Second         // from the signal until database work is canceled
 	closeAfter  = 8 * time.Second         // from the signal until connections are closed
 	exitAfter   = 8500 * time.Millisecond // from the signal until the process exits
@@ -1029,10 +1029,11 @@ func (s *server) listen(
 		return nil, nil, fmt.Errorf("%s: %w", setting, err)
 	}
 	listener := &publicListener{
-		TCPListener: socket.(*net.TCPListener), stopped: make(chan struct{}),
+		TCPListener: socket.(*net.TCPListener), stopped: make(chan struct{}), unused: map[net.Conn]bool{},
 	}
 	hs := &http.Server{
 		Handler:           h,
+		ConnState:         listener.connState,
 		ReadHeaderTimeout: headerTimeout,
 		ReadTimeout:       readTimeout,
 		WriteTimeout:      writeTimeout,
@@ -1076,6 +1077,9 @@ type publicListener struct {
 	*net.TCPListener
 	stopped chan struct{} // closed once the socket is closed and queue is complete
 	queue   []net.Conn    // for Accept to return after the socket was closed
+
+	mu     sync.Mutex
+	unused map[net.Conn]bool // connections of which no request has been read
 }
 
 // stop closes the listener after graceTime. During graceTime, responses ask clients to close their
@@ -1083,9 +1087,9 @@ type publicListener struct {
 //
 // Closing a socket resets the connections that the kernel has established and Accept has not
 // returned. So stop suspends Accept for queueTime, in which clients that reconnect wait in the
-// kernel's queue. It then accepts the whole queue and closes the socket. It waits for settleTime,
-// because net/http drops a request that it reads after Shutdown was called.
-// TestShutdownLosesNothing fails if any of these steps is removed.
+// kernel's queue. It then accepts the whole queue and closes the socket. At last it waits for the
+// first request of each connection, because net/http drops a request that it reads after Shutdown
+// was called. Without these steps TestShutdownLosesNothing or TestRequestAfterTheSocketClosed fails.
 func (l *publicListener) stop() {
 	time.Sleep(graceTime)
 	l.SetDeadline(time.Now())
@@ -1114,7 +1118,27 @@ func (l *publicListener) stop() {
 		file.Close()
 	}
 	close(l.stopped)
-	time.Sleep(settleTime)
+	for start := time.Now(); time.Since(start) < settleTime; {
+		time.Sleep(50 * time.Millisecond) // first for Accept to return the queue
+		l.mu.Lock()
+		n := len(l.unused)
+		l.mu.Unlock()
+		if n == 0 {
+			break
+		}
+	}
+	time.Sleep(50 * time.Millisecond) // a connection has its new state before its request is served
+}
+
+// connState is the hook of the server: a connection is new until its first request has been read.
+func (l *publicListener) connState(conn net.Conn, state http.ConnState) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if state == http.StateNew {
+		l.unused[conn] = true
+	} else {
+		delete(l.unused, conn)
+	}
 }
 
 // Accept returns net.ErrClosed after the last connection.

@@ -251,7 +251,8 @@ func moveFromFastAPI(t *testing.T, session []string) {
 	}
 
 	a := func(id int64, title string, text *string, completed bool, created, updated string) wireTask {
-		return wireTask{id, alice.user, title, text, completed, at(t, created), at(t, updated)}
+		return wireTask{ID: id, UserID: alice.user, Title: title, Description: text,
+			Completed: completed, CreatedAt: at(t, created), UpdatedAt: at(t, updated)}
 	}
 	tasks := []wireTask{
 		a(9, "created before 3", new("two\nlines"), false, "2024-04-30 12:00:00", day),
@@ -263,9 +264,10 @@ func moveFromFastAPI(t *testing.T, session []string) {
 		a(1, "first", nil, true, "2024-03-10 02:30:00", "2024-11-03 01:30:00.000001"),
 	}
 	alice.wantTasks(tasks...)
-	b2 := wireTask{2, bob.user, globes, &long, false,
-		at(t, "1969-12-31 23:59:59.999999"), at(t, "2199-12-31 23:59:59.999999")}
-	b8 := wireTask{8, bob.user, "to change hands", nil, false, at(t, day), at(t, day)}
+	b2 := wireTask{ID: 2, UserID: bob.user, Title: globes, Description: &long,
+		CreatedAt: at(t, "1969-12-31 23:59:59.999999"), UpdatedAt: at(t, "2199-12-31 23:59:59.999999")}
+	b8 := wireTask{ID: 8, UserID: bob.user, Title: "to change hands", CreatedAt: at(t, day),
+		UpdatedAt: at(t, day)}
 	bob.wantTasks(b8, b2)
 
 	created := alice.create("created here")
@@ -388,11 +390,11 @@ func TestMovingForeignTasks(t *testing.T) {
 			p.run("prepare")
 			p.run("copy")
 			c := newClientOf(t, startService(t, d, settings{}).url, user)
-			created, updated := at(t, "2024-05-01 12:00:00.000001"), at(t, "2024-05-01 12:00:00.999999")
-			tasks := []wireTask{
-				{3, user, "task 2", nil, true, created, updated},
-				{2, user, "task 1", nil, true, created, updated},
-				{1, user, "task 0", nil, false, created, updated},
+			var tasks []wireTask
+			for id := int64(3); id > 0; id-- {
+				tasks = append(tasks, wireTask{ID: id, UserID: user, Title: fmt.Sprint("task ", id-1),
+					Completed: id > 1, CreatedAt: at(t, "2024-05-01 12:00:00.000001"),
+					UpdatedAt: at(t, "2024-05-01 12:00:00.999999")})
 			}
 			c.wantTasks(tasks...)
 			made := c.create("made here")
@@ -449,7 +451,8 @@ func TestMovingTakenIDs(t *testing.T) {
 	}
 	old := func(id int64) wireTask {
 		day := at(t, "2024-05-01 00:00:00")
-		return wireTask{id, "alice", fmt.Sprint("old ", id), nil, false, day, day}
+		return wireTask{ID: id, UserID: "alice", Title: fmt.Sprint("old ", id), CreatedAt: day,
+			UpdatedAt: day}
 	}
 	own1.ID = decode[[]wireTask](t, alice.do("GET", "", "").body)[0].ID
 	own2.ID = decode[[]wireTask](t, bob.do("GET", "", "").body)[0].ID
@@ -577,8 +580,7 @@ func TestMovingRestore(t *testing.T) {
 	for i := range 5 {
 		want = slices.Insert(want, 0, alice.create(fmt.Sprint("task ", i, "\t\\")))
 	}
-	const columns = `(user_id, id, title, description, completed, created_at, updated_at,
-		idempotency_key, request_hash)`
+	const all = "(" + columns + ", idempotency_key, request_hash)"
 	u := createDatabase(t)
 	to := startDB(t, openDB(t, u))
 	copyOut, err := from.pool.Acquire(t.Context())
@@ -593,11 +595,11 @@ func TestMovingRestore(t *testing.T) {
 	defer copyIn.Release()
 	var backup bytes.Buffer
 	if _, err := copyOut.Conn().PgConn().CopyTo(t.Context(), &backup,
-		`COPY public.tasks `+columns+` TO STDOUT`); err != nil {
+		`COPY public.tasks `+all+` TO STDOUT`); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := copyIn.Conn().PgConn().CopyFrom(t.Context(), &backup,
-		`COPY public.tasks `+columns+` FROM STDIN`); err != nil {
+		`COPY public.tasks `+all+` FROM STDIN`); err != nil {
 		t.Fatal(err)
 	}
 	p := openPSQL(t, u)

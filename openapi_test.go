@@ -59,7 +59,7 @@ func operation(method, path string) object {
 }
 
 // undeclared returns how an answer differs from what the document declares.
-// Every answer that the tests' clients get is held to it: see client.try.
+// client.try validates every answer with it.
 func undeclared(method, path string, a answer) error {
 	op := operation(method, path)
 	if op == nil {

@@ -8,7 +8,7 @@
 -- step 1: create the table and its indexes
 CREATE TABLE IF NOT EXISTS public.tasks (
     -- The token's sub. It is opaque; COLLATE "C" compares it byte by byte. It has no foreign key to
-    -- Better Auth's table "user", which may not exist yet and whose id may be text, uuid or integer.
+    -- Better Auth's table "user", which may not exist yet and whose id is text, uuid or integer.
     user_id     text COLLATE "C" NOT NULL CHECK (octet_length(user_id) BETWEEN 1 AND 512),
     id          bigint GENERATED ALWAYS AS IDENTITY,  -- increases with every create, never reused
     title       text NOT NULL CHECK (char_length(title) BETWEEN 1 AND 200),

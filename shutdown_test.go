@@ -243,7 +243,8 @@ func (l *creator) use(conn net.Conn, text string) {
 func TestShutdownLosesNothing(t *testing.T) {
 	t.Parallel()
 	for range 8 {
-		p := startProcess(t, "DATABASE_URL="+withParam(sharedDatabaseURL(), "pool_max_conns=8"), "LOG_LEVEL=warn")
+		p := startProcess(t, "DATABASE_URL="+withParam(sharedDatabaseURL(), "pool_max_conns=8"),
+			"LOG_LEVEL=warn")
 		p.waitReady()
 		l := &creator{t: t}
 		clients, users := make(chan *client, 16), []string{}
@@ -279,6 +280,31 @@ func TestShutdownLosesNothing(t *testing.T) {
 		if stored != created {
 			t.Errorf("%d tasks, want the %d that were acknowledged", stored, created)
 		}
+	}
+}
+
+// A connection was accepted before the socket was closed, and its first request comes later.
+func TestRequestAfterTheSocketClosed(t *testing.T) {
+	t.Parallel()
+	p := startProcess(t)
+	p.waitReady()
+	c := p.newClient()
+	const body = `{"title": "x"}`
+	conn := dialRaw(t, p.url, "")
+	p.signal(syscall.SIGTERM)
+	eventually(t, "closed socket", func() bool {
+		other, err := net.Dial("tcp", strings.TrimPrefix(p.url, "http://"))
+		if err == nil {
+			other.Close()
+		}
+		return errors.Is(err, syscall.ECONNREFUSED)
+	})
+	io.WriteString(conn, c.rawCreate(body, fmt.Sprint("Content-Length: ", len(body))))
+	if a := readAnswer(t, conn); a.status != 201 || !isClosed(conn) {
+		t.Errorf("create = %v, want 201, and a closed connection", a)
+	}
+	if status := p.wait(shutdownLimit); status != 0 {
+		t.Errorf("exit status %d, want 0: %s", status, p.output.String())
 	}
 }
 
