@@ -299,6 +299,8 @@ func TestRequestAfterTheSocketClosed(t *testing.T) {
 		}
 		return errors.Is(err, syscall.ECONNREFUSED)
 	})
+	closed := time.Now()
+	eventually(t, "later time", func() bool { return time.Since(closed) > settleTime/4 })
 	io.WriteString(conn, c.rawCreate(body, fmt.Sprint("Content-Length: ", len(body))))
 	if a := readAnswer(t, conn); a.status != 201 || !isClosed(conn) {
 		t.Errorf("create = %v, want 201, and a closed connection", a)
