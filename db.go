@@ -1005,8 +1005,8 @@ func (s schemaState) missingIndex() (step int, text string) {
 	return 0, ""
 }
 
-// verify returns nil if the schema is in place, and a permanentError if it is not. It takes one
-// round trip.
+// verify returns nil if the schema is in place. After the start, the error for a missing schema is a
+// permanentError. verify takes one round trip.
 func (d *database) verify(ctx context.Context) (state schemaState, err error) {
 	conn, err := d.acquire(ctx)
 	if err != nil {
@@ -1018,8 +1018,13 @@ func (d *database) verify(ctx context.Context) (state schemaState, err error) {
 	}
 	n, err := state.next(len(d.steps))
 	if err == nil && n != 0 {
-		err = permanentError("the schema of the database is missing or incomplete: " +
-			"was it dropped or restored? The next start applies what is missing")
+		select {
+		case <-d.ready:
+			err = permanentError("the schema of the database is missing or incomplete: " +
+				"was it dropped or restored? The next start applies what is missing")
+		default:
+			err = errors.New("the schema is not in place yet")
+		}
 	}
 	return state, err
 }

@@ -84,6 +84,9 @@ func TestUpgradeUnderLoad(t *testing.T) {
 	if live, ready := next.health("live"), next.health("ready"); live != 200 || ready != 503 {
 		t.Errorf("while it waits: live = %d, ready = %d, want 200 and 503", live, ready)
 	}
+	eventually(t, "reason of the 503 in the log", func() bool {
+		return strings.Contains(next.output.String(), "the schema is not in place yet")
+	})
 	wait := next.output.messages(t, "WARNING")[0]
 	for _, part := range []string{"waiting for a lock", laterStep(1), "add a column",
 		"todo-app, idle in transaction"} {
