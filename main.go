@@ -4,12 +4,11 @@
 //
 // A request takes this path:
 //
-//	server.ServeHTTP  headers of every response, CORS         main.go
-//	server.handle     deadline, panics, errors, log, metrics  main.go
-//	server.forUser    token, user, task id, the user's turn   main.go, auth.go
+//	server.ServeHTTP  headers, deadline, panics, errors, log  main.go
+//	server.forUser    token, user, task id, a slot            main.go, auth.go
 //	createTask etc.   reads the body or query, writes a task  tasks.go
 //	database.insert   SQL                                     tasks.go
-//	query             connection, retries                     db.go
+//	query             schema, connection, retries             db.go
 //
 // An error is returned along the same path. writeError turns it into a response.
 package main
@@ -40,54 +39,21 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
-	"unicode/utf16"
 	"unicode/utf8"
 )
 
-const (
-	// A response begins at most 19 s after the first byte of its request: headerTimeout plus
-	// requestTimeout. writeTimeout also starts at the end of the header; the extra second is for
-	// sending the response.
-	headerTimeout  = 4 * time.Second
-	requestTimeout = 15 * time.Second
-	writeTimeout   = 16 * time.Second
-	readTimeout    = 10 * time.Second       // to read the header and the body
-	idleTimeout    = 2 * time.Minute        // between two requests of a connection
-	readyTimeout   = 3 * time.Second        // for /health/ready
-	discardTimeout = 100 * time.Millisecond // to receive the rest of a body that is not read
-	turnTimeout    = 5 * time.Second        // to wait for a turn while the database answers
-
-	maxHeader = 16<<10 - 4<<10 // bytes; net/http adds 4 KiB
-	maxBody   = 64 << 10       // bytes; four times the largest task, all its characters escaped
-	maxLogged = 4 << 10        // bytes of an error or a statement in the log
-
-	// Shutdown. Cloud Run kills the process 10 s after SIGTERM.
-	graceTime   = time.Second             // requests are still accepted
-	queueTime   = 200 * time.Millisecond  // connections wait in the kernel's queue
-	settleTime  = 2 * time.Second         // at most, for the requests of the last connections
-	cancelAfter = 7 * time.Second         // from the signal until database work is canceled
-	closeAfter  = 8 * time.Second         // from the signal until connections are closed
-	exitAfter   = 8500 * time.Millisecond // from the signal until the process exits
-
-	// The defaults of GOGC and GOMEMLIMIT. With a live heap of about 4 MB, GOGC=300 saves a quarter
-	// of the CPU time of a list. Fly.io's smallest machine has 256 MB.
-	gcPercent   = 300
-	memoryLimit = 100 << 20 // bytes
-)
-
 func main() {
+	// Defaults for a small machine: Fly.io's smallest has 256 MB. With a live heap of about 4 MB,
+	// GOGC=300 saves a quarter of the processor time of a list.
 	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(gcPercent)
+		debug.SetGCPercent(300)
 	}
 	if os.Getenv("GOMEMLIMIT") == "" {
-		debug.SetMemoryLimit(memoryLimit)
+		debug.SetMemoryLimit(100 << 20) // bytes
 	}
+	signal.Ignore(syscall.SIGPIPE) // a reader of the log that ends costs lines, not the process
 	if err := run(context.Background(), os.Args[1:], os.Getenv, os.Stdout); err != nil {
-		out := os.Stdout
-		if len(os.Args) > 1 && os.Args[1] == "token" {
-			out = os.Stderr // stdout is for the token
-		}
-		newLogger(out, slog.LevelInfo).Error(err.Error())
+		newLogger(os.Stderr, slog.LevelInfo).Error(err.Error())
 		os.Exit(1)
 	}
 }
@@ -100,40 +66,26 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 		return serve(ctx, getenv, stdout)
 	case len(args) == 1 && args[0] == "migrate":
 		return migrate(ctx, getenv, stdout)
-	case len(args) >= 2 && args[0] == "token":
-		return printToken(args[1], args[2:], getenv, stdout)
+	case len(args) == 2 && args[0] == "token":
+		return printToken(args[1], getenv, stdout)
 	}
-	return errors.New("usage: todo-app | todo-app migrate | todo-app token USER_ID [CLAIM=VALUE ...]")
+	return errors.New("usage: todo-app | todo-app migrate | todo-app token USER_ID")
 }
 
-// printToken prints a token for user that is valid for tokenLifetime. Each claim is NAME=VALUE. A
-// VALUE that is not JSON is a string. Claims that the service itself sets, such as sub, have no
-// effect.
-func printToken(
-	user string, claims []string, getenv func(string) string, stdout io.Writer,
-) error {
-	auth, err := readAuthSettings(getenv)
+func serve(ctx context.Context, getenv func(string) string, stdout io.Writer) error {
+	set, err := readSettings(getenv)
 	if err != nil {
 		return err
 	}
-	extra := map[string]any{}
-	for _, claim := range claims {
-		name, text, ok := strings.Cut(claim, "=")
-		if !ok || name == "" {
-			return errors.New("a claim must be NAME=VALUE, for example role=admin")
-		}
-		var value any
-		if json.Unmarshal([]byte(text), &value) != nil {
-			value = text
-		}
-		extra[name] = value
+	log := newLogger(stdout, set.logLevel)
+	for _, warning := range set.auth.warnings {
+		log.Warn(warning)
 	}
-	token, err := auth.sign(user, extra)
+	db, err := openDatabase(set.databaseURL, log)
 	if err != nil {
 		return err
 	}
-	_, err = fmt.Fprintln(stdout, token)
-	return err
+	return newServer(set, db, log).run(ctx)
 }
 
 // migrate applies the schema and returns nil once the database is up to date. It reads the settings
@@ -153,41 +105,26 @@ func migrate(ctx context.Context, getenv func(string) string, stdout io.Writer) 
 	return db.ensureSchema(ctx)
 }
 
-func serve(ctx context.Context, getenv func(string) string, stdout io.Writer) error {
-	settings, err := readSettings(getenv)
+// printToken prints a token for user that is valid for tokenLifetime.
+func printToken(user string, getenv func(string) string, stdout io.Writer) error {
+	auth, err := newAuthenticator(getenv)
 	if err != nil {
 		return err
 	}
-	log := newLogger(stdout, settings.logLevel)
-	for _, warning := range settings.auth.warnings {
-		log.Warn(warning)
-	}
-	db, err := openDatabase(settings.databaseURL, log)
+	token, err := auth.sign(user)
 	if err != nil {
 		return err
 	}
-	s := newServer(settings.auth, db, log, settings.origins, settings.project)
-	return s.serve(ctx, settings.port, settings.metricsPort)
+	_, err = fmt.Fprintln(stdout, token)
+	return err
 }
 
-// openDatabase returns the database of a connection string and logs the parameters it ignores.
-func openDatabase(databaseURL string, log *slog.Logger) (*database, error) {
-	config, ignored, err := poolConfig(databaseURL)
-	if err != nil {
-		return nil, err
-	}
-	if ignored != "" {
-		log.Warn(ignored)
-	}
-	return newDatabase(config, log)
-}
-
-// settings are the environment variables of the service. poolConfig validates databaseURL, and
-// listen validates the ports.
+// settings are the environment variables of the service. openDatabase validates databaseURL, and
+// net.Listen the ports.
 type settings struct {
 	auth        *authenticator // BETTER_AUTH_SECRET, BETTER_AUTH_SECRETS, JWT_AUDIENCE, JWT_ISSUER
 	databaseURL string         // DATABASE_URL; required
-	origins     []string       // CORS_ORIGINS; optional
+	origins     []string       // CORS_ORIGINS, whose pages may call; optional
 	port        string         // PORT; default 8080
 	metricsPort string         // METRICS_PORT; optional: a second listener with /metrics
 	logLevel    slog.Level     // LOG_LEVEL; default info
@@ -195,62 +132,45 @@ type settings struct {
 }
 
 // readSettings returns an error that names the first variable that is missing or invalid.
-func readSettings(getenv func(string) string) (s settings, err error) {
-	if s.auth, err = readAuthSettings(getenv); err != nil {
-		return s, err
+func readSettings(getenv func(string) string) (set settings, err error) {
+	if set.auth, err = newAuthenticator(getenv); err != nil {
+		return set, err
 	}
-	if s.logLevel, err = readLogLevel(getenv); err != nil {
-		return s, err
+	if set.logLevel, err = readLogLevel(getenv); err != nil {
+		return set, err
 	}
-	if s.origins, err = corsOrigins(getenv("CORS_ORIGINS")); err != nil {
-		return s, err
+	if set.origins, err = readOrigins(getenv); err != nil {
+		return set, err
 	}
-	s.databaseURL = getenv("DATABASE_URL")
-	s.port = cmp.Or(strings.TrimSpace(getenv("PORT")), "8080")
-	s.metricsPort = strings.TrimSpace(getenv("METRICS_PORT"))
-	s.project = strings.TrimSpace(getenv("GOOGLE_CLOUD_PROJECT"))
-	return s, nil
+	set.databaseURL = getenv("DATABASE_URL")
+	set.port = cmp.Or(strings.TrimSpace(getenv("PORT")), "8080")
+	set.metricsPort = strings.TrimSpace(getenv("METRICS_PORT"))
+	set.project = strings.TrimSpace(getenv("GOOGLE_CLOUD_PROJECT"))
+	return set, nil
 }
 
-// readAuthSettings leaves the secrets as they are: every byte counts.
-func readAuthSettings(getenv func(string) string) (*authenticator, error) {
-	return newAuthenticator(getenv("BETTER_AUTH_SECRET"), getenv("BETTER_AUTH_SECRETS"),
-		strings.TrimSpace(getenv("JWT_AUDIENCE")), strings.TrimSpace(getenv("JWT_ISSUER")))
-}
-
-// readLogLevel reads LOG_LEVEL. slog would also accept a level such as INFO+2.
-func readLogLevel(getenv func(string) string) (slog.Level, error) {
-	switch strings.ToLower(strings.TrimSpace(getenv("LOG_LEVEL"))) {
-	case "debug":
-		return slog.LevelDebug, nil
-	case "", "info":
-		return slog.LevelInfo, nil
-	case "warn":
-		return slog.LevelWarn, nil
-	case "error":
-		return slog.LevelError, nil
+func readLogLevel(getenv func(string) string) (level slog.Level, err error) {
+	text := cmp.Or(strings.TrimSpace(getenv("LOG_LEVEL")), "info")
+	if level.UnmarshalText([]byte(text)) != nil {
+		err = errors.New("LOG_LEVEL must be debug, info, warn or error")
 	}
-	return 0, errors.New("LOG_LEVEL must be debug, info, warn or error")
+	return level, err
 }
 
-// corsOrigins splits CORS_ORIGINS into origins as browsers send them.
-func corsOrigins(list string) ([]string, error) {
-	list = strings.ReplaceAll(strings.TrimSpace(list), " ", "")
+// readOrigins splits CORS_ORIGINS into origins as browsers send them: without a default port.
+func readOrigins(getenv func(string) string) ([]string, error) {
+	list := strings.Join(strings.Fields(getenv("CORS_ORIGINS")), "")
 	if list == "" {
 		return nil, nil
 	}
-	form := regexp.MustCompile(`^([a-z][a-z0-9+.-]*)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?$`)
+	form := regexp.MustCompile(`^[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?$`)
+	defaultPort := regexp.MustCompile(`^(https://.*:443|http://.*:80)$`)
 	origins := strings.Split(list, ",")
 	for _, origin := range origins {
-		parts := form.FindStringSubmatch(origin)
-		switch {
-		case parts == nil:
-			return nil, errors.New("CORS_ORIGINS must list origins such as " +
-				"https://app.example.com, separated by commas: lower case, no *, no path, " +
-				"no slash at the end")
-		case parts[1] == "https" && parts[3] == ":443" || parts[1] == "http" && parts[3] == ":80":
-			return nil, fmt.Errorf("CORS_ORIGINS: browsers send an origin without the default "+
-				"port, so %s never matches: remove %s", origin, parts[3])
+		if !form.MatchString(origin) || defaultPort.MatchString(origin) {
+			return nil, fmt.Errorf("CORS_ORIGINS: %q is not an origin as browsers send it, such as "+
+				"https://app.example.com: lower case, no *, no path, no slash at the end, no default "+
+				"port; separate origins by commas", origin)
 		}
 	}
 	return origins, nil
@@ -258,37 +178,33 @@ func corsOrigins(list string) ([]string, error) {
 
 // A server is the API over one database.
 type server struct {
-	auth    *authenticator
+	settings
 	db      *database
 	log     *slog.Logger
-	origins []string // whose pages may call: CORS_ORIGINS
-	project string   // GOOGLE_CLOUD_PROJECT
 	mux     *http.ServeMux
-	turns   turns
+	slots   slots
 	metrics metrics
 
-	work     context.Context // parent of every request's context
-	cancel   func()          // ends work
-	stopping atomic.Bool     // responses close their connections
+	stopping atomic.Bool // a shutdown has begun: responses close their connections
+	quiet    *time.Timer // in a shutdown, fires when no request has arrived for quietTime
 }
 
-func newServer(
-	auth *authenticator, db *database, log *slog.Logger, origins []string, project string,
-) *server {
-	s := &server{auth: auth, db: db, log: log, origins: origins, project: project}
-	s.mux = http.NewServeMux()
-	s.turns.limit = max(1, int(db.pool.Config().MaxConns)/3) // a user may occupy a third of the pool
-	s.work, s.cancel = context.WithCancel(context.Background())
-	for pattern, e := range s.routes() {
-		s.mux.HandleFunc(pattern, s.handle(e))
+func newServer(set settings, db *database, log *slog.Logger) *server {
+	s := &server{settings: set, db: db, log: log, mux: http.NewServeMux()}
+	s.slots.limit = max(1, int(db.pool.Config().MaxConns)/3)
+	s.slots.users = map[string]*userSlots{}
+	s.metrics.requests = map[string]int{}
+	s.quiet = time.NewTimer(quietTime)
+	for pattern, h := range s.routes() {
+		s.mux.HandleFunc(pattern, h)
 	}
-	s.mux.HandleFunc("/", s.handle(s.noRoute))
+	s.mux.HandleFunc("/", s.noRoute)
 	return s
 }
 
 // routes returns every route of the service.
-func (s *server) routes() map[string]endpoint {
-	return map[string]endpoint{
+func (s *server) routes() map[string]http.HandlerFunc {
+	return map[string]http.HandlerFunc{
 		"GET /api/{user_id}/tasks":                 s.forUser(s.listTasks),
 		"POST /api/{user_id}/tasks":                s.forUser(s.createTask),
 		"GET /api/{user_id}/tasks/{id}":            s.forUser(s.getTask),
@@ -298,88 +214,84 @@ func (s *server) routes() map[string]endpoint {
 		"DELETE /api/{user_id}/tasks/{id}":         s.forUser(s.deleteTask),
 		"GET /health/live":                         s.live,
 		"GET /health/ready":                        s.ready,
-		"GET /openapi.json":                        document("application/json", openAPI),
+		"GET /openapi.json":                        s.openAPI,
 		"GET /docs":                                s.docs,
 	}
 }
 
-// usedHeaders are the request headers that the service reads.
-var usedHeaders = []string{
-	"Access-Control-Request-Headers", "Authorization", "Content-Encoding", "Content-Type",
-	"Idempotency-Key", "If-Match", "If-None-Match", "Origin", "Traceparent",
-	"X-Cloud-Trace-Context", "X-Request-Id",
-}
+const (
+	requestTimeout = 15 * time.Second       // from the end of a request's header to its response
+	discardTimeout = 100 * time.Millisecond // to receive the rest of a body that is not read
+	maxHeaderNames = 100
+)
 
-// ServeHTTP sets the headers of every response. It drops all request headers but usedHeaders,
-// because thousands of short ones would occupy a megabyte while the request waits. It changes r
-// itself, because net/http keeps r and so would keep the headers.
-func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	used := http.Header{}
-	for _, name := range usedHeaders {
-		if values, ok := r.Header[name]; ok {
-			used[name] = values
-		}
+// ServeHTTP is the whole life of a request. The handlers of routes write a response or leave an
+// error in the request's entry, never both.
+func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
+	client := r.Context() // ends when the client disconnects
+	e := &entry{start: time.Now(), id: r.Header.Get("X-Request-Id")}
+	if !saneID.MatchString(e.id) {
+		e.id = rand.Text()
 	}
-	r.Header = used
-	id := r.Header.Get("X-Request-Id")
-	if !saneID.MatchString(id) {
-		id = rand.Text()
-	}
-	w.Header().Set("X-Request-Id", id)
+	ctx, cancel := context.WithTimeout(context.WithValue(client, entryKey{}, e), requestTimeout)
+	defer cancel()
+	r = r.WithContext(ctx)
+	w := &response{ResponseWriter: rw}
+	w.Header().Set("X-Request-Id", e.id)
 	w.Header().Set("X-Content-Type-Options", "nosniff")
 	if strings.HasPrefix(r.URL.Path, "/api/") {
 		w.Header().Set("Cache-Control", "no-store")
 	}
+	s.setCORS(w, r)
 	if s.stopping.Load() {
 		w.Header().Set("Connection", "close")
+		s.quiet.Reset(quietTime)
 	}
-	s.setCORS(w, r)
-	s.mux.ServeHTTP(w, r)
-}
-
-// saneID matches an X-Request-Id that is safe to log and to send back.
-var saneID = regexp.MustCompile(`^[0-9A-Za-z._:/+=-]{1,128}$`)
-
-// An endpoint either writes the response or returns an error, never both.
-//
-// ctx ends at the request's deadline, or when a shutdown cancels the database work. It does not end
-// when the client disconnects: the statement may commit anyway, and canceling it closes its
-// database connection. pgx's CancelRequestContextWatcherHandler would keep the connection, but a
-// cancel request that arrives late can cancel the next statement.
-type endpoint func(ctx context.Context, w http.ResponseWriter, r *http.Request) error
-
-// handle makes an endpoint the handler of a route. It does what all routes have in common: the
-// deadline, the response to an error or a panic, the log line and the metrics.
-func (s *server) handle(e endpoint) http.HandlerFunc {
-	return func(rw http.ResponseWriter, r *http.Request) {
-		ctx, used := withTiming(s.work)
-		ctx, cancel := context.WithTimeout(ctx, requestTimeout)
-		defer cancel()
-		w := &response{ResponseWriter: rw}
-		err := recovered(e)(ctx, w, r)
+	defer func() {
+		if v := recover(); v != nil {
+			e.err = fmt.Errorf("panic: %v\n%s", v, debug.Stack())
+		}
 		if r.Body != http.NoBody {
 			// net/http would wait up to readTimeout for the rest of the body. Closing the connection
 			// at once could reset it before the client has read the response. Data that was already
 			// sent arrives within discardTimeout.
 			http.NewResponseController(rw).SetReadDeadline(time.Now().Add(discardTimeout))
 		}
-		if err != nil && w.status == 0 {
-			writeError(w, err)
+		if e.err != nil && w.status == 0 {
+			writeError(w, e.err)
 		}
-		s.record(w, r, used, err)
+		if errors.Is(e.err, errNotSent) && client.Err() != nil && s.db.work.Err() == nil {
+			w.status = statusDisconnected // in the log and the metrics
+		}
+		s.record(w, r, e)
+	}()
+	if len(r.Header) > maxHeaderNames { // thousands of short ones occupy a megabyte
+		e.err = errManyHeaders
+		return
 	}
+	s.mux.ServeHTTP(w, r)
 }
 
-// recovered returns an endpoint that calls e and returns a panic of e as an error.
-func recovered(e endpoint) endpoint {
-	return func(ctx context.Context, w http.ResponseWriter, r *http.Request) (err error) {
-		defer func() {
-			if v := recover(); v != nil {
-				err = fmt.Errorf("panic: %v\n%s", v, debug.Stack())
-			}
-		}()
-		return e(ctx, w, r)
+// saneID matches an X-Request-Id that is safe to log and to send back.
+var saneID = regexp.MustCompile(`^[0-9A-Za-z._:/+=-]{1,128}$`)
+
+// An entry is what becomes a request's line in the log. Only the goroutine of the request uses it.
+type entry struct {
+	id       string        // X-Request-Id
+	start    time.Time     // when the request's header had been read
+	database time.Duration // spent on the database
+	waiting  time.Duration // the part of database that was spent waiting for a connection
+	err      error         // why the request failed
+}
+
+type entryKey struct{}
+
+// entryOf returns the entry of the request of ctx, or a new one if ctx belongs to no request.
+func entryOf(ctx context.Context) *entry {
+	if e, ok := ctx.Value(entryKey{}).(*entry); ok {
+		return e
 	}
+	return &entry{}
 }
 
 // A response keeps the status and counts the bytes of a response, for the log and the metrics.
@@ -400,97 +312,85 @@ func (w *response) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// Unwrap is for http.ResponseController.
-func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
-
-// A userEndpoint is an endpoint that serves the verified user of the path.
-type userEndpoint func(context.Context, http.ResponseWriter, *http.Request, taskKey) error
-
-// forUser makes an endpoint that verifies the user, waits for the user's turn and calls e.
-func (s *server) forUser(e userEndpoint) endpoint {
-	return func(ctx context.Context, w http.ResponseWriter, r *http.Request) error {
-		user, err := s.auth.user(r)
-		if err != nil {
-			return err
+// forUser returns the handler of a route for the user of the path. It verifies the user, waits for
+// a slot and calls e, which either writes the response or returns an error.
+func (s *server) forUser(
+	e func(w http.ResponseWriter, r *http.Request, key taskKey) error,
+) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		key, release, err := s.admit(r)
+		if err == nil {
+			defer release()
+			err = e(w, r, key)
 		}
-		if r.PathValue("user_id") != user {
-			return errOtherUser
-		}
-		key := taskKey{user: user}
-		if text := r.PathValue("id"); text != "" {
-			id, err := strconv.ParseUint(text, 10, 63)
-			if err != nil || id == 0 {
-				return errNotFound
-			}
-			key.id = int64(id)
-		}
-		done, err := s.turns.take(ctx, s.db, user)
-		if err != nil {
-			return err
-		}
-		defer done()
-		return e(ctx, w, r, key)
+		entryOf(r.Context()).err = err
 	}
 }
 
-// turns is a semaphore per user. It limits how many requests of a user are in progress, so that no
-// user occupies all connections.
-type turns struct {
-	limit int // requests in progress per user
-	mu    sync.Mutex
-	users map[string]*userTurns // of users with requests in progress or waiting
+// admit returns the verified user and the task id of a request's path, and takes a slot of the
+// user. The caller must release the slot.
+func (s *server) admit(r *http.Request) (key taskKey, release func(), err error) {
+	if key.user, err = s.auth.user(r); err != nil {
+		return key, nil, err
+	}
+	if r.PathValue("user_id") != key.user {
+		return key, nil, errOtherUser
+	}
+	if text := r.PathValue("id"); text != "" {
+		id, err := strconv.ParseUint(text, 10, 63)
+		if err != nil || id == 0 {
+			return key, nil, errNotFound
+		}
+		key.id = int64(id)
+	}
+	release, err = s.slots.acquire(r.Context(), key.user)
+	return key, release, err
 }
 
-type userTurns struct {
-	progress chan struct{} // holds a value for each request in progress
+// slots limits each user to a third of the pool's connections, because the pool serves whoever came
+// first: without a limit the requests of one user would delay everyone else's.
+type slots struct {
+	limit int // requests in progress per user
+	mu    sync.Mutex
+	users map[string]*userSlots // of users with requests in progress or waiting
+}
+
+type userSlots struct {
+	taken    chan struct{} // contains a value for each request in progress
 	requests int           // in progress or waiting
 }
 
-// take waits until fewer than limit requests of the user are in progress. The caller must call
-// done at the end of the request.
-//
-// take returns errTooMany after turnTimeout, and errUnavailable when ctx is done. Time in which the
-// database does not answer does not count toward turnTimeout.
-func (t *turns) take(ctx context.Context, db *database, user string) (done func(), err error) {
-	t.mu.Lock()
-	u := t.users[user]
+// slotTimeout limits how long a request waits for a slot.
+const slotTimeout = 5 * time.Second
+
+// acquire waits for a slot of the user. It returns errTooMany after slotTimeout, and errNotSent if
+// ctx ends first. The caller must call release at the end of the request.
+func (s *slots) acquire(ctx context.Context, user string) (release func(), err error) {
+	s.mu.Lock()
+	u := s.users[user]
 	if u == nil {
-		u = &userTurns{progress: make(chan struct{}, t.limit)}
-		if t.users == nil {
-			t.users = map[string]*userTurns{}
-		}
-		t.users[user] = u
+		u = &userSlots{taken: make(chan struct{}, s.limit)}
+		s.users[user] = u
 	}
 	u.requests++
-	t.mu.Unlock()
-	end := func() {
-		t.mu.Lock()
-		defer t.mu.Unlock()
+	s.mu.Unlock()
+	leave := func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
 		if u.requests--; u.requests == 0 {
-			delete(t.users, user)
+			delete(s.users, user)
 		}
 	}
-	defer func() {
-		if err != nil {
-			end()
-		}
-	}()
-	ctx, cancel := db.limitInOutage(ctx)
-	defer cancel()
-	const tick = 50 * time.Millisecond // it polls whether the database answers
-	for waited := time.Duration(0); waited < turnTimeout; {
-		select {
-		case u.progress <- struct{}{}:
-			return func() { <-u.progress; end() }, nil
-		case <-ctx.Done():
-			return nil, fmt.Errorf("%w: wait for a turn: %w", errUnavailable, context.Cause(ctx))
-		case <-time.After(tick):
-			if db.answers() {
-				waited += tick
-			}
-		}
+	select {
+	case u.taken <- struct{}{}:
+		return func() { <-u.taken; leave() }, nil
+	case <-ctx.Done():
+		err = fmt.Errorf("%w: wait for a slot: %w", errNotSent, ctx.Err())
+	case <-time.After(slotTimeout):
+		err = errTooMany
 	}
-	return nil, errTooMany
+	leave()
+	return nil, err
 }
 
 // methods are those that the Allow header, the log and the metrics name.
@@ -499,10 +399,10 @@ var methods = []string{"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT
 // noRoute answers requests that match no route: a preflight of a listed origin, or a 404 or 405 in
 // JSON. A mux with a "/" pattern does not send 405 by itself, so noRoute asks it which methods the
 // path accepts.
-func (s *server) noRoute(_ context.Context, w http.ResponseWriter, r *http.Request) error {
+func (s *server) noRoute(w http.ResponseWriter, r *http.Request) {
 	if r.Method == http.MethodOptions && w.Header().Get("Access-Control-Allow-Origin") != "" {
 		preflight(w, r)
-		return nil
+		return
 	}
 	var allow []string
 	for _, method := range methods {
@@ -511,11 +411,12 @@ func (s *server) noRoute(_ context.Context, w http.ResponseWriter, r *http.Reque
 			r.Pattern = pattern // for the log
 		}
 	}
-	if allow == nil {
-		return errNoPath
+	e := entryOf(r.Context())
+	e.err = errNoPath
+	if allow != nil {
+		w.Header().Set("Allow", strings.Join(allow, ", "))
+		e.err = errMethod
 	}
-	w.Header().Set("Allow", strings.Join(allow, ", "))
-	return errMethod
 }
 
 // An apiError is an error with a text for the client. Errors that wrap it add text for the log.
@@ -549,7 +450,13 @@ var (
 		"Use a new key for a new request."}
 	errTooMany = apiError{429, "Too many of your requests are in progress. " +
 		"Try again shortly; nothing was changed."}
-	errInternal    = apiError{500, "Internal error. Report it with the X-Request-Id of this response."}
+	errManyHeaders = apiError{431, fmt.Sprintf("The request must not have more than %d headers.",
+		maxHeaderNames)}
+	errInternal = apiError{500, "Internal error. Report it with the X-Request-Id of this response."}
+	errNotReady = apiError{503, "The service is starting: it has not reached its database, or the " +
+		"schema is not in place yet."}
+	errNotSent = apiError{503, "The database is unavailable. " +
+		"Try again shortly; nothing was changed."}
 	errUnavailable = apiError{503, "The database is unavailable or did not answer in time. " +
 		"Try again shortly. A change may or may not have been made; " +
 		"with the same Idempotency-Key or If-Match it is safe to repeat."}
@@ -574,9 +481,9 @@ func writeError(w http.ResponseWriter, err error) {
 		w.Header().Set("WWW-Authenticate", `Bearer error="invalid_token"`) // RFC 6750, section 3.1
 	case errEncoded:
 		w.Header().Set("Accept-Encoding", "identity") // RFC 9110, section 15.5.16
-	case errCutBody, errSlowBody, errLargeBody:
-		w.Header().Set("Connection", "close") // the rest of the body is not read
-	case errTooMany, errUnavailable:
+	case errCutBody, errSlowBody, errLargeBody, errManyHeaders:
+		w.Header().Set("Connection", "close") // the rest of the request is not read
+	case errTooMany, errNotReady, errNotSent, errUnavailable:
 		w.Header().Set("Retry-After", "1") // seconds; Neon resumes in less
 	}
 	writeJSON(w, e.status, map[string]string{"detail": e.detail})
@@ -588,72 +495,55 @@ func writeJSON(w http.ResponseWriter, status int, v any) error {
 	if err := json.NewEncoder(&body).Encode(v); err != nil {
 		return err
 	}
-	write(w, status, "application/json", body.Bytes())
+	writeBody(w, status, "application/json", body.Bytes())
 	return nil
 }
 
-// write writes a whole response. A failed Write is ignored: the client has disconnected.
-func write(w http.ResponseWriter, status int, contentType string, body []byte) {
+// writeBody writes a whole response. A failed Write is ignored: the client has disconnected.
+func writeBody(w http.ResponseWriter, status int, contentType string, body []byte) {
 	w.Header().Set("Content-Type", contentType)
 	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
 	w.WriteHeader(status)
 	w.Write(body)
 }
 
+const maxBody = 64 << 10 // bytes; four times the largest task, all its characters escaped
+
 // readObject returns the members of the JSON object in a request's body, nil if the body is empty.
-// It stops waiting for the body when ctx is done.
-func readObject(
-	ctx context.Context, w http.ResponseWriter, r *http.Request,
-) (map[string]json.RawMessage, error) {
-	unsupported := checkMediaType(r)
-	switch { // 413 comes before 415, and both before the body is read
+func readObject(r *http.Request) (map[string]json.RawMessage, error) {
+	encoding := cmp.Or(strings.TrimSpace(r.Header.Get("Content-Encoding")), "identity")
+	switch { // before the body is read
+	case r.Body == http.NoBody:
+		return nil, nil
 	case r.ContentLength > maxBody:
 		return nil, errLargeBody
-	case r.ContentLength > 0 && unsupported != nil:
-		return nil, unsupported
+	case !isJSON(r.Header.Get("Content-Type")):
+		return nil, errNotJSON
+	case !strings.EqualFold(encoding, "identity"):
+		return nil, errEncoded
 	}
-	stopReading := func() { http.NewResponseController(w).SetReadDeadline(time.Now()) }
-	stop := context.AfterFunc(ctx, stopReading)
-	defer stop()
-	body, err := io.ReadAll(http.MaxBytesReader(nil, r.Body, maxBody)) // writeError closes
-	_, tooLarge := errors.AsType[*http.MaxBytesError](err)
-	switch { // a chunked body has no Content-Length, so the first two checks are repeated
-	case tooLarge:
-		return nil, errLargeBody
-	case len(body) > 0 && unsupported != nil:
-		return nil, unsupported
+	body, err := io.ReadAll(io.LimitReader(r.Body, maxBody+1))
+	switch {
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return nil, fmt.Errorf("%w: %w", errSlowBody, err)
 	case err != nil:
 		return nil, fmt.Errorf("%w: %w", errCutBody, err)
+	case len(body) > maxBody:
+		return nil, errLargeBody
 	}
-	r.Body = http.NoBody // tells handle that the whole body was read
+	r.Body = http.NoBody // tells ServeHTTP that the whole body was read
 	if len(body) == 0 {
 		return nil, nil
 	}
 	return parseObject(bytes.TrimPrefix(body, []byte("\ufeff"))) // RFC 8259, section 8.1
 }
 
-// checkMediaType returns the error for a body that is not JSON or is compressed.
-func checkMediaType(r *http.Request) error {
-	encoding := cmp.Or(strings.TrimSpace(r.Header.Get("Content-Encoding")), "identity")
-	switch {
-	case !isJSON(r.Header.Get("Content-Type")):
-		return errNotJSON
-	case !strings.EqualFold(encoding, "identity"):
-		return errEncoded
-	}
-	return nil
-}
-
 // isJSON reports whether a Content-Type is absent or a JSON type.
 func isJSON(contentType string) bool {
-	if contentType == "" {
-		return true
-	}
 	media, _, _ := mime.ParseMediaType(contentType)
 	kind, subtype, _ := strings.Cut(media, "/")
-	return media == "application/json" || kind != "" && strings.HasSuffix(subtype, "+json")
+	return contentType == "" || media == "application/json" ||
+		kind != "" && strings.HasSuffix(subtype, "+json")
 }
 
 // parseObject returns the members of a JSON object under their exact names. It rejects text that
@@ -663,40 +553,18 @@ func parseObject(body []byte) (map[string]json.RawMessage, error) {
 	if err := json.Unmarshal(body, &members); err != nil {
 		return nil, fmt.Errorf("%w: %w", errBadJSON, err)
 	}
-	if members == nil || !utf8.Valid(body) || hasLoneSurrogate(body) { // nil: the body is null
+	// A backslash that is not part of a whole escape begins half of a surrogate pair.
+	lone := bytes.ContainsRune(wholeEscape.ReplaceAll(body, nil), '\\')
+	if members == nil || lone || !utf8.Valid(body) { // nil: the body is null
 		return nil, errBadJSON
 	}
 	return members, nil
 }
 
-// hasLoneSurrogate reports whether a \u escape is half of a surrogate pair, which is not a
-// character (RFC 8259, section 8.2). The text must be valid JSON.
-func hasLoneSurrogate(text []byte) bool {
-	codeUnit := func(hex []byte) rune {
-		n, _ := strconv.ParseUint(string(hex), 16, 16)
-		return rune(n)
-	}
-	for {
-		i := bytes.IndexByte(text, '\\')
-		if i < 0 {
-			return false
-		}
-		if text[i+1] != 'u' {
-			text = text[i+2:]
-			continue
-		}
-		first := codeUnit(text[i+2 : i+6])
-		text = text[i+6:]
-		if !utf16.IsSurrogate(first) {
-			continue
-		}
-		if !bytes.HasPrefix(text, []byte(`\u`)) ||
-			utf16.DecodeRune(first, codeUnit(text[2:6])) == utf8.RuneError {
-			return true
-		}
-		text = text[6:]
-	}
-}
+// wholeEscape matches the escapes of valid JSON that are a character or a surrogate pair (RFC 8259,
+// sections 7 and 8.2).
+var wholeEscape = regexp.MustCompile(
+	`(?i)\\([^u]|u[^d]...|ud[0-7]..|ud[89ab]..\\ud[c-f]..)`)
 
 //go:embed openapi.json
 var openAPI []byte
@@ -704,12 +572,8 @@ var openAPI []byte
 //go:embed docs.html
 var docsPage []byte
 
-// document returns an endpoint that serves content from memory.
-func document(contentType string, content []byte) endpoint {
-	return func(_ context.Context, w http.ResponseWriter, _ *http.Request) error {
-		write(w, http.StatusOK, contentType, content)
-		return nil
-	}
+func (s *server) openAPI(w http.ResponseWriter, _ *http.Request) {
+	writeBody(w, http.StatusOK, "application/json", openAPI)
 }
 
 // docsPolicy lets docs.html load the script and style sheet of Swagger UI, run its own script,
@@ -721,27 +585,26 @@ const docsPolicy = "default-src 'none'; " +
 	"img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 // docs serves Swagger UI.
-func (s *server) docs(_ context.Context, w http.ResponseWriter, _ *http.Request) error {
+func (s *server) docs(w http.ResponseWriter, _ *http.Request) {
 	w.Header().Set("Content-Security-Policy", docsPolicy)
 	w.Header().Set("Referrer-Policy", "no-referrer")
-	write(w, http.StatusOK, "text/html; charset=utf-8", docsPage)
-	return nil
+	writeBody(w, http.StatusOK, "text/html; charset=utf-8", docsPage)
 }
 
-// live reports that the process is running. It does not use the database, because platforms poll it
-// every few seconds, which would keep Neon from suspending the compute.
-func (s *server) live(_ context.Context, w http.ResponseWriter, _ *http.Request) error {
-	return writeJSON(w, http.StatusOK, map[string]string{"status": "alive"})
+// live reports that the process is running. No health route uses the database, because platforms
+// poll them, which would keep Neon from suspending the compute.
+func (s *server) live(w http.ResponseWriter, _ *http.Request) {
+	writeJSON(w, http.StatusOK, map[string]string{"status": "alive"})
 }
 
-// ready reports whether the database can serve requests. It is for people and smoke tests.
-func (s *server) ready(ctx context.Context, w http.ResponseWriter, _ *http.Request) error {
-	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
-	defer cancel()
-	if err := s.db.check(ctx); err != nil {
-		return err
+// ready reports whether the start is done: the database was reached and the schema is in place.
+func (s *server) ready(w http.ResponseWriter, r *http.Request) {
+	select {
+	case <-s.db.ready:
+		writeJSON(w, http.StatusOK, map[string]string{"status": "ready"})
+	default:
+		entryOf(r.Context()).err = errNotReady
 	}
-	return writeJSON(w, http.StatusOK, map[string]string{"status": "ready"})
 }
 
 // setCORS allows a listed origin to read the response. It logs an origin that is not listed,
@@ -807,9 +670,12 @@ func newLogger(w io.Writer, level slog.Level) *slog.Logger {
 	}))
 }
 
+// statusDisconnected is nginx's status for a client that disconnected before its response.
+const statusDisconnected = 499
+
 // record logs a request in one line and counts it.
-func (s *server) record(w *response, r *http.Request, used *timing, err error) {
-	took := time.Since(used.start)
+func (s *server) record(w *response, r *http.Request, e *entry) {
+	took := time.Since(e.start)
 	method, route := r.Method, r.Pattern
 	if _, path, ok := strings.Cut(r.Pattern, " "); ok {
 		route = path
@@ -817,26 +683,27 @@ func (s *server) record(w *response, r *http.Request, used *timing, err error) {
 	if !slices.Contains(methods, method) {
 		method = "other" // clients can invent any number of methods, of any length
 	}
-	s.metrics.observe(route, method, w.status, took)
+	s.metrics.count(route, method, w.status)
 	level := slog.LevelInfo
 	switch {
-	case w.status == http.StatusServiceUnavailable:
+	case w.status == http.StatusServiceUnavailable,
+		w.status == statusDisconnected && s.db.connector.failing():
 		level = slog.LevelWarn
-	case w.status >= 500 || err != nil && w.status < 400: // an error after the header was written
+	case w.status >= 500 || e.err != nil && w.status < 400: // an error after the header was written
 		level = slog.LevelError
 	}
 	attrs := []slog.Attr{
-		slog.String("request_id", w.Header().Get("X-Request-Id")),
+		slog.String("request_id", e.id),
 		slog.String("method", method),
 		slog.String("route", route),
 		slog.Int("status", w.status),
 		slog.Int64("duration_us", took.Microseconds()),
 		slog.Int("bytes", w.bytes),
-		slog.Int64("db_us", used.total.Microseconds()),
-		slog.Int64("db_wait_us", used.waiting.Microseconds()),
+		slog.Int64("db_us", e.database.Microseconds()),
+		slog.Int64("db_wait_us", e.waiting.Microseconds()),
 	}
-	if err != nil {
-		attrs = append(attrs, slog.String("error", truncate(err.Error(), maxLogged)))
+	if e.err != nil {
+		attrs = append(attrs, slog.String("error", truncate(e.err.Error(), maxLogged)))
 	}
 	// The trace id is in Cloud Run's header, or in that of W3C Trace Context.
 	traces := r.Header.Get("X-Cloud-Trace-Context") + " " + r.Header.Get("Traceparent")
@@ -851,6 +718,8 @@ func (s *server) record(w *response, r *http.Request, used *timing, err error) {
 
 var traceID = regexp.MustCompile(`\b[0-9a-fA-F]{32}\b`)
 
+const maxLogged = 4 << 10 // bytes of an error in the log
+
 // truncate returns at most the first n bytes of text, without invalid UTF-8 such as a character
 // that was cut.
 func truncate(text string, n int) string {
@@ -860,297 +729,171 @@ func truncate(text string, n int) string {
 	return strings.ToValidUTF8(text[:n], "")
 }
 
-// buckets are the upper bounds of the histogram, in seconds. A round trip to the database takes 1
-// to 100 ms, or longer if the compute is suspended. A request ends after requestTimeout.
-var buckets = [...]float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 16}
-
-// metrics counts requests. There are few series, because the label route is the pattern of a path.
+// metrics counts requests by their labels in Prometheus' text format. The number of series is
+// bounded, because the label route is the pattern of a path.
 type metrics struct {
 	mu       sync.Mutex
-	requests map[requestSeries]int
-	times    map[timeSeries]*histogram
+	requests map[string]int
 }
 
-type requestSeries struct {
-	route, method string
-	status        int
-}
-
-type timeSeries struct{ route, method string }
-
-type histogram struct {
-	counts [len(buckets) + 1]int // by bucket, the last one without a bound
-	sum    time.Duration
-}
-
-func (m *metrics) observe(route, method string, status int, took time.Duration) {
-	bucket, _ := slices.BinarySearch(buckets[:], took.Seconds())
+func (m *metrics) count(route, method string, status int) {
+	labels := fmt.Sprintf(`route=%q,method=%q,status="%d"`, route, method, status)
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.requests == nil {
-		m.requests, m.times = map[requestSeries]int{}, map[timeSeries]*histogram{}
-	}
-	m.requests[requestSeries{route, method, status}]++
-	h := m.times[timeSeries{route, method}]
-	if h == nil {
-		h = &histogram{}
-		m.times[timeSeries{route, method}] = h
-	}
-	h.counts[bucket]++
-	h.sum += took
-}
-
-// write writes the request metrics in Prometheus' text format.
-func (m *metrics) write(w io.Writer) {
-	const total, duration = "todo_http_requests_total", "todo_http_request_duration_seconds"
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	writeMetricHeader(w, total, "counter", "Requests by route, method and status.")
-	for series, n := range m.requests {
-		fmt.Fprintf(w, "%s{route=%q,method=%q,status=\"%d\"} %d\n",
-			total, series.route, series.method, series.status, n)
-	}
-	writeMetricHeader(w, duration, "histogram",
-		"Time from the end of the request header to the end of the handler.")
-	for series, h := range m.times {
-		labels := fmt.Sprintf("route=%q,method=%q", series.route, series.method)
-		count := 0
-		for i, n := range h.counts {
-			count += n
-			bound := "+Inf"
-			if i < len(buckets) {
-				bound = strconv.FormatFloat(buckets[i], 'g', -1, 64)
-			}
-			fmt.Fprintf(w, "%s_bucket{%s,le=%q} %d\n", duration, labels, bound, count)
-		}
-		fmt.Fprintf(w, "%s_sum{%s} %g\n", duration, labels, h.sum.Seconds())
-		fmt.Fprintf(w, "%s_count{%s} %d\n", duration, labels, count)
-	}
-}
-
-// writeMetricHeader writes the lines that introduce a metric.
-func writeMetricHeader(w io.Writer, name, kind, help string) {
-	fmt.Fprintf(w, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)
+	m.requests[labels]++
 }
 
 // serveMetrics writes Prometheus' text format. It reads counters of the process and runs no query.
 func (s *server) serveMetrics(w http.ResponseWriter, _ *http.Request) {
 	var text bytes.Buffer
-	s.metrics.write(&text)
+	text.WriteString("# HELP todo_http_requests_total Requests by route, method and status.\n" +
+		"# TYPE todo_http_requests_total counter\n")
+	s.metrics.mu.Lock()
+	for labels, n := range s.metrics.requests {
+		fmt.Fprintf(&text, "todo_http_requests_total{%s} %d\n", labels, n)
+	}
+	s.metrics.mu.Unlock()
 	db, pool := s.db, s.db.pool.Stat()
 	var memory runtime.MemStats
 	runtime.ReadMemStats(&memory)
 	for _, m := range []struct {
-		name, kind, help string
+		kind, name, help string
 		value            any // a number
 	}{
-		{"todo_db_statements_total", "counter", "Statements that have ended, including failed ones.",
+		{"counter", "todo_db_statements_total", "Statements that have ended, including failed ones.",
 			db.statements.Load()},
-		{"todo_db_statement_seconds_total", "counter", "Time that statements took, preparation included.",
+		{"counter", "todo_db_statement_seconds_total", "Time that statements took.",
 			time.Duration(db.statementTime.Load()).Seconds()},
-		{"todo_db_connections_acquired", "gauge", "Connections in use.", pool.AcquiredConns()},
-		{"todo_db_connections_idle", "gauge", "Connections not in use.", pool.IdleConns()},
-		{"todo_db_connections_open", "gauge", "Connections, including those being established.",
+		{"gauge", "todo_db_connections_acquired", "Connections in use.", pool.AcquiredConns()},
+		{"gauge", "todo_db_connections_idle", "Connections not in use.", pool.IdleConns()},
+		{"gauge", "todo_db_connections_open", "Connections, including those being established.",
 			pool.TotalConns()},
-		{"todo_db_connections_max", "gauge", "Maximum size of the pool.", pool.MaxConns()},
-		{"todo_db_connections_new_total", "counter", "Attempts to connect.", pool.NewConnsCount()},
-		{"todo_db_acquires_total", "counter", "Acquires that returned a connection.",
+		{"gauge", "todo_db_connections_max", "Maximum size of the pool.", pool.MaxConns()},
+		{"counter", "todo_db_acquires_total", "Acquires that returned a connection.",
 			pool.AcquireCount()},
-		{"todo_db_acquire_waits_total", "counter",
+		{"counter", "todo_db_acquire_waits_total",
 			"Acquires that waited for a connection to be released or established.",
 			pool.EmptyAcquireCount()},
-		{"todo_db_acquire_wait_seconds_total", "counter", "Time that acquires waited for a connection.",
+		{"counter", "todo_db_acquire_wait_seconds_total", "Time that acquires waited for a connection.",
 			pool.EmptyAcquireWaitTime().Seconds()},
-		{"todo_db_acquires_canceled_total", "counter",
+		{"counter", "todo_db_acquires_canceled_total",
 			"Acquires canceled before a connection was available.", pool.CanceledAcquireCount()},
-		{"go_goroutines", "gauge", "Number of goroutines that currently exist.",
+		{"gauge", "go_goroutines", "Number of goroutines that currently exist.",
 			runtime.NumGoroutine()},
-		{"go_memstats_heap_alloc_bytes", "gauge", "Number of heap bytes allocated and still in use.",
+		{"gauge", "go_memstats_heap_alloc_bytes", "Number of heap bytes allocated and still in use.",
 			memory.HeapAlloc},
-		{"go_memstats_sys_bytes", "gauge", "Number of bytes obtained from system.", memory.Sys},
+		{"gauge", "go_memstats_sys_bytes", "Number of bytes obtained from system.", memory.Sys},
 	} {
-		writeMetricHeader(&text, m.name, m.kind, m.help)
-		fmt.Fprintln(&text, m.name, m.value)
+		fmt.Fprintf(&text, "# HELP %[2]s %[3]s\n# TYPE %[2]s %[1]s\n%[2]s %[4]v\n",
+			m.kind, m.name, m.help, m.value)
 	}
-	write(w, http.StatusOK, "text/plain; version=0.0.4; charset=utf-8", text.Bytes())
+	writeBody(w, http.StatusOK, "text/plain; version=0.0.4; charset=utf-8", text.Bytes())
 }
 
-// serve runs the service until ctx is done, a signal arrives or it fails. It listens before the
+// run runs the service until ctx is done, a signal arrives or it fails. It listens before the
 // database is ready, so that a suspended compute does not fail a deploy. Until then requests wait
 // in query, up to their deadline.
-func (s *server) serve(ctx context.Context, port, metricsPort string) error {
+func (s *server) run(ctx context.Context) error {
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	failed := make(chan error, 3) // two listeners and the start of the database
-	public, listener, err := s.listen("PORT", port, s, failed)
+	listener, err := net.Listen("tcp", ":"+s.port)
 	if err != nil {
-		return err
+		return fmt.Errorf("PORT: %w", err)
 	}
 	defer listener.Close()
-	if metricsPort != "" {
+	if s.metricsPort != "" {
+		listener, err := net.Listen("tcp", ":"+s.metricsPort)
+		if err != nil {
+			return fmt.Errorf("METRICS_PORT: %w", err)
+		}
+		defer listener.Close()
 		mux := http.NewServeMux()
 		mux.HandleFunc("GET /metrics", s.serveMetrics)
-		mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) { writeError(w, errNoPath) })
-		private, _, err := s.listen("METRICS_PORT", metricsPort, mux, failed)
-		if err != nil {
-			return err
-		}
-		defer private.Close()
+		go func() { failed <- s.newHTTPServer(mux).Serve(listener) }()
 	}
-	s.log.Info("listening", "port", port)
+	public := s.newHTTPServer(s)
+	go func() { failed <- public.Serve(listener) }()
+	s.log.Info("listening", "port", s.port)
 	go func() {
 		if err := s.db.ensureSchema(ctx); err != nil && ctx.Err() == nil {
 			failed <- err
 		}
 	}()
-
 	select {
 	case err = <-failed:
 	case err = <-s.db.failed:
 	case <-ctx.Done():
 	}
 	stop() // a second signal ends the process at once
+	if err != nil {
+		s.db.cancel()
+	}
 	s.log.Info("shutting down")
-	s.drain(public, listener, err == nil)
+	s.shutDown(public, listener)
 	s.log.Info("stopped")
 	return err
 }
 
-// listen listens on the port, on all addresses, and serves h in a goroutine, which sends the error
-// of Serve to failed. Errors name the setting.
-func (s *server) listen(
-	setting, port string, h http.Handler, failed chan<- error,
-) (*http.Server, *publicListener, error) {
-	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
-		return nil, nil, fmt.Errorf("%s must be a port number from 1 to 65535", setting)
-	}
-	socket, err := net.Listen("tcp", ":"+port)
-	if err != nil {
-		return nil, nil, fmt.Errorf("%s: %w", setting, err)
-	}
-	listener := &publicListener{
-		TCPListener: socket.(*net.TCPListener), stopped: make(chan struct{}), unused: map[net.Conn]bool{},
-	}
-	hs := &http.Server{
+const (
+	// A request is answered within headerTimeout plus requestTimeout of its first byte.
+	headerTimeout = 4 * time.Second
+	readTimeout   = 10 * time.Second // to read the header and the body
+	sendTimeout   = time.Second      // to send the response
+	idleTimeout   = 2 * time.Minute  // between two requests of a connection
+
+	maxHeader = 16<<10 - 4<<10 // bytes; net/http adds 4 KiB
+)
+
+func (s *server) newHTTPServer(h http.Handler) *http.Server {
+	return &http.Server{
 		Handler:           h,
-		ConnState:         listener.connState,
+		BaseContext:       func(net.Listener) context.Context { return s.db.work },
 		ReadHeaderTimeout: headerTimeout,
 		ReadTimeout:       readTimeout,
-		WriteTimeout:      writeTimeout,
+		WriteTimeout:      requestTimeout + sendTimeout, // from the end of the header
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeader,
 		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelWarn),
 	}
-	go func() { failed <- hs.Serve(listener) }()
-	return hs, listener, nil
 }
 
-// drain waits for the requests in progress, until closeAfter at the latest, and closes the
-// connections. Unless graceful, it cancels the requests at once.
-func (s *server) drain(public *http.Server, listener *publicListener, graceful bool) {
-	time.AfterFunc(cancelAfter, s.cancel)
-	exit := time.After(exitAfter)
+// The times of a shutdown, from the signal. Cloud Run kills the process after 10 s.
+const (
+	quietTime   = time.Second             // without a new request, then no more are accepted
+	acceptTime  = 6 * time.Second         // new requests are accepted at most so long
+	settleTime  = 250 * time.Millisecond  // then, to read the requests that have arrived
+	cancelAfter = 7 * time.Second         // running statements are canceled
+	closeAfter  = 7500 * time.Millisecond // connections are closed
+	poolTimeout = time.Second             // then, to close the pool
+)
+
+// shutDown answers requests until no more arrive, finishes those in progress and closes the
+// connections. It takes up to closeAfter and poolTimeout.
+func (s *server) shutDown(public *http.Server, listener net.Listener) {
+	time.AfterFunc(cancelAfter, s.db.cancel)
 	ctx, cancel := context.WithTimeout(context.Background(), closeAfter)
 	defer cancel()
+	s.quiet.Reset(quietTime)
 	s.stopping.Store(true)
-	if graceful {
-		listener.stop()
-	} else {
-		s.cancel()
+	select {
+	case <-s.quiet.C:
+	case <-time.After(acceptTime):
+	case <-s.db.work.Done(): // the service has failed
 	}
-	if err := public.Shutdown(ctx); err != nil {
+	listener.Close()
+	// Shutdown drops the first request of a connection if it has not been read.
+	time.Sleep(settleTime)
+	if public.Shutdown(ctx) != nil {
 		public.Close()
 	}
 	closed := make(chan struct{})
 	go func() {
-		s.db.pool.Close()
+		s.db.pool.Close() // also sends cancel requests
 		close(closed)
 	}()
 	select {
 	case <-closed:
-	case <-exit:
+	case <-time.After(poolTimeout):
 	}
-}
-
-// A publicListener can stop accepting connections without dropping a request.
-type publicListener struct {
-	*net.TCPListener
-	stopped chan struct{} // closed once the socket is closed and queue is complete
-	queue   []net.Conn    // for Accept to return after the socket was closed
-
-	mu     sync.Mutex
-	unused map[net.Conn]bool // connections of which no request has been read
-}
-
-// stop closes the listener after graceTime. During graceTime, responses ask clients to close their
-// connections, because a request that is sent while the server closes its connection is dropped.
-//
-// Closing a socket resets the connections that the kernel has established and Accept has not
-// returned. So stop suspends Accept for queueTime, in which clients that reconnect wait in the
-// kernel's queue. It then accepts the whole queue and closes the socket. At last it waits for the
-// first request of each connection, because net/http drops a request that it reads after Shutdown
-// was called. Without these steps TestShutdownLosesNothing or TestRequestAfterTheSocketClosed fails.
-func (l *publicListener) stop() {
-	time.Sleep(graceTime)
-	l.SetDeadline(time.Now())
-	time.Sleep(queueTime)
-	var queue []int
-	if raw, err := l.SyscallConn(); err == nil {
-		raw.Control(func(socket uintptr) {
-			for {
-				fd, _, err := syscall.Accept(int(socket))
-				switch err {
-				case nil:
-					queue = append(queue, fd)
-				case syscall.EINTR, syscall.ECONNABORTED: // try again
-				default: // EAGAIN: the queue is empty
-					return
-				}
-			}
-		})
-	}
-	l.Close()
-	for _, fd := range queue {
-		file := os.NewFile(uintptr(fd), "")
-		if conn, err := net.FileConn(file); err == nil {
-			l.queue = append(l.queue, conn)
-		}
-		file.Close()
-	}
-	close(l.stopped)
-	for start := time.Now(); time.Since(start) < settleTime; {
-		time.Sleep(50 * time.Millisecond) // first for Accept to return the queue
-		l.mu.Lock()
-		n := len(l.unused)
-		l.mu.Unlock()
-		if n == 0 {
-			break
-		}
-	}
-	time.Sleep(50 * time.Millisecond) // a connection has its new state before its request is served
-}
-
-// connState is the hook of the server: a connection is new until its first request has been read.
-func (l *publicListener) connState(conn net.Conn, state http.ConnState) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if state == http.StateNew {
-		l.unused[conn] = true
-	} else {
-		delete(l.unused, conn)
-	}
-}
-
-// Accept returns net.ErrClosed after the last connection.
-func (l *publicListener) Accept() (net.Conn, error) {
-	conn, err := l.TCPListener.Accept()
-	if errors.Is(err, os.ErrDeadlineExceeded) {
-		<-l.stopped
-		err = net.ErrClosed
-	}
-	if errors.Is(err, net.ErrClosed) && len(l.queue) > 0 {
-		conn, l.queue = l.queue[0], l.queue[1:]
-		return conn, nil
-	}
-	return conn, err
 }

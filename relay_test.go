@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -172,7 +173,8 @@ func openOverRelay(t testing.TB, databaseURL string) (*database, *relay) {
 // startOverRelay opens the tests' database through a relay, with the schema.
 func startOverRelay(t testing.TB) (*database, *relay) {
 	t.Helper()
-	d, r := openOverRelay(t, sharedDatabaseURL())
+	testDB(t)
+	d, r := openOverRelay(t, os.Getenv("DATABASE_URL"))
 	return startDB(t, d), r
 }
 

@@ -3,10 +3,9 @@
 --
 -- To change the schema, append a step. Never edit a step that was released. A step runs in one
 -- transaction, while the previous release still serves: docs/moving.md lists which steps are safe.
--- A step runs again if its index is missing, so use IF NOT EXISTS.
 
 -- step 1: create the table and its indexes
-CREATE TABLE IF NOT EXISTS public.tasks (
+CREATE TABLE public.tasks (
     -- The token's sub. It is opaque; COLLATE "C" compares it byte by byte. It has no foreign key to
     -- Better Auth's table "user", which may not exist yet and whose id is text, uuid or integer.
     user_id     text COLLATE "C" NOT NULL CHECK (octet_length(user_id) BETWEEN 1 AND 512),
@@ -28,11 +27,11 @@ CREATE TABLE IF NOT EXISTS public.tasks (
 );
 
 -- For lists with ?completed=.
-CREATE INDEX IF NOT EXISTS tasks_user_id_completed_id_idx
+CREATE INDEX tasks_user_id_completed_id_idx
     ON public.tasks (user_id, completed, id);
 
 -- At most one task for a user's key, even if two instances receive it at the same time. Tasks
 -- without a key are not in this index.
-CREATE UNIQUE INDEX IF NOT EXISTS tasks_user_id_idempotency_key_idx
+CREATE UNIQUE INDEX tasks_user_id_idempotency_key_idx
     ON public.tasks (user_id, idempotency_key)
     WHERE idempotency_key IS NOT NULL;

@@ -22,7 +22,6 @@ import (
 	"regexp"
 	"runtime/debug"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -40,11 +39,13 @@ import (
 
 const testSecret = "a secret that only the tests use, 0123456789"
 
-// What most tests share: one service in this process on DATABASE_URL.
+// What most tests share: one service in this process on DATABASE_URL. Without DATABASE_URL, sharedDB
+// is nil, and testDB skips the tests that need it.
 var (
 	sharedDB   *database
 	sharedAuth *authenticator
 	sharedURL  string
+	pooled     bool // DATABASE_URL is a pooler
 )
 
 func TestMain(m *testing.M) {
@@ -61,15 +62,18 @@ func TestMain(m *testing.M) {
 	os.Exit(testMain(m))
 }
 
-func testMain(m *testing.M) int {
-	if os.Getenv("DATABASE_URL") == "" {
-		fmt.Println("The tests need a database: run ./with-postgres go test ./..., " +
-			"or set DATABASE_URL to a Neon branch.")
+func testMain(m *testing.M) (status int) {
+	sharedAuth, _ = newAuthenticator(env("BETTER_AUTH_SECRET=" + testSecret))
+	databaseURL := os.Getenv("DATABASE_URL")
+	if databaseURL == "" {
+		m.Run()
+		fmt.Println("The tests that need a database were skipped. These commands run all tests:\n" +
+			"./with-postgres go test ./...\nDATABASE_URL=... go test ./...    (a Neon branch)")
 		return 1
 	}
 	defer os.RemoveAll(releaseDir)
 	var err error
-	sharedDB, err = openDatabase(os.Getenv("DATABASE_URL"), slog.New(slog.DiscardHandler))
+	sharedDB, err = openDatabase(databaseURL, slog.New(slog.DiscardHandler))
 	if err == nil {
 		err = sharedDB.ensureSchema(context.Background())
 	}
@@ -78,15 +82,34 @@ func testMain(m *testing.M) int {
 		return 1
 	}
 	defer sharedDB.pool.Close()
-	if sharedAuth, err = newAuthenticator(testSecret, "", "", ""); err != nil {
-		fmt.Println(err)
-		return 1
-	}
-	api := newServer(sharedAuth, sharedDB, slog.New(slog.DiscardHandler), nil, "")
-	listener := httptest.NewServer(api)
+	_, err = pgx.Connect(context.Background(), withParam(databaseURL, "options=-cwork_mem%3D4MB"))
+	pooled = err != nil // only a pooler rejects options
+	set := settings{auth: sharedAuth}
+	listener := httptest.NewServer(newServer(set, sharedDB, slog.New(slog.DiscardHandler)))
 	defer listener.Close()
 	sharedURL = listener.URL
 	return m.Run()
+}
+
+// testDB returns the tests' database, or skips the test if there is none.
+func testDB(t testing.TB) *database {
+	t.Helper()
+	if sharedDB == nil {
+		t.Skip("needs a database")
+	}
+	return sharedDB
+}
+
+// env returns the getenv of an environment of "NAME=VALUE" entries. A later entry wins.
+func env(entries ...string) func(string) string {
+	return func(name string) (value string) {
+		for _, entry := range entries {
+			if v, ok := strings.CutPrefix(entry, name+"="); ok {
+				value = v
+			}
+		}
+		return value
+	}
 }
 
 // A service is the product in this process.
@@ -97,16 +120,18 @@ type service struct {
 	log lockedBuffer
 }
 
-// startService starts a service on a database until the test ends. Of the settings it uses auth,
-// which is sharedAuth if nil, origins, logLevel and project.
+// startService starts a service on a database until the test ends. The auth of settings is
+// sharedAuth if nil.
 func startService(t testing.TB, d *database, set settings) *service {
 	t.Helper()
 	if set.auth == nil {
 		set.auth = sharedAuth
 	}
 	s := &service{t: t}
-	s.server = newServer(set.auth, d, newLogger(&s.log, set.logLevel), set.origins, set.project)
-	listener := httptest.NewServer(s.server)
+	s.server = newServer(set, d, newLogger(&s.log, set.logLevel))
+	listener := httptest.NewUnstartedServer(s.server)
+	listener.Config.BaseContext = func(net.Listener) context.Context { return d.work }
+	listener.Start()
 	t.Cleanup(listener.Close)
 	s.url = listener.URL
 	return s
@@ -132,6 +157,7 @@ func newUser() string { return "test-" + rand.Text() }
 // newClient returns a client of the shared service with a new user.
 func newClient(t testing.TB) *client {
 	t.Helper()
+	testDB(t)
 	return newClientOf(t, sharedURL, newUser())
 }
 
@@ -144,7 +170,7 @@ func newClientOf(t testing.TB, service, user string) *client {
 			sqlExec(t, sharedDB.pool, `DELETE FROM public.tasks WHERE user_id = $1`, user)
 		})
 	}
-	token, err := sharedAuth.sign(user, nil)
+	token, err := sharedAuth.sign(user)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -286,26 +312,6 @@ func inParallel(n int, f func()) <-chan struct{} {
 	return done
 }
 
-// listUntil lists the user's tasks until done is closed, at least 30 times. It returns the median
-// and the maximum of the times that the lists took.
-func (c *client) listUntil(done <-chan struct{}) (median, longest time.Duration) {
-	c.t.Helper()
-	var times []time.Duration
-	for {
-		start := time.Now()
-		c.list("")
-		times = append(times, time.Since(start))
-		select {
-		case <-done:
-			if len(times) >= 30 {
-				slices.Sort(times)
-				return times[len(times)/2], times[len(times)-1]
-			}
-		case <-time.After(10 * time.Millisecond):
-		}
-	}
-}
-
 // A wireTask is what a client decodes. It repeats the wire format, so that a change of the format
 // breaks a test.
 type wireTask struct {
@@ -351,16 +357,6 @@ func (c *client) list(query string) []wireTask {
 		c.t.Fatalf("list %s = %v, want 200", query, a)
 	}
 	return decode[[]wireTask](c.t, a.body)
-}
-
-// listWithin lists the user's tasks and returns an error if that fails or takes longer.
-func (c *client) listWithin(limit time.Duration) error {
-	start := time.Now()
-	a, err := c.try("GET", c.path(""), "")
-	if took := time.Since(start); err != nil || a.status != http.StatusOK || took > limit {
-		return fmt.Errorf("list = %v %v after %v, want 200 within %v", a, err, took, limit)
-	}
-	return nil
 }
 
 // fill gives the user n tasks, of which every third one is completed, and returns their ids, the
@@ -452,6 +448,7 @@ type process struct {
 // take precedence.
 func startProcess(t testing.TB, settings ...string) *process {
 	t.Helper()
+	testDB(t)
 	program, err := thisRelease()
 	if err != nil {
 		t.Fatal(err)
@@ -571,24 +568,6 @@ func (p *process) wait(limit time.Duration) int {
 	return p.cmd.ProcessState.ExitCode()
 }
 
-// memory returns a memory figure of the process in bytes: VmRSS for the current size, VmHWM for the
-// largest. It returns 0 where the figure is unknown or meaningless.
-func (p *process) memory(figure string) int {
-	p.t.Helper()
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
-	_, value, found := strings.Cut(string(status), figure+":")
-	if err != nil || !found || underRace() {
-		p.t.Log("memory was not measured")
-		return 0
-	}
-	kib, err := strconv.Atoi(strings.Fields(value)[0])
-	if err != nil {
-		p.t.Fatal(err)
-	}
-	p.t.Logf("%s %d KiB", figure, kib)
-	return kib << 10
-}
-
 // underRace reports whether the race detector runs, which distorts times and memory figures.
 func underRace() bool {
 	build, _ := debug.ReadBuildInfo()
@@ -606,8 +585,7 @@ var releaseDir = filepath.Join(os.TempDir(), fmt.Sprint("todo-app-releases-", os
 
 // laterStep returns "step N" for the nth step after those of this release.
 func laterStep(n int) string {
-	steps, _ := parseSteps(schema)
-	return fmt.Sprint("step ", len(steps)+n)
+	return fmt.Sprint("step ", len(schemaSteps(schema))+n)
 }
 
 // laterRelease returns a release of this code whose schema.sql has more steps, which begin with a
@@ -710,12 +688,12 @@ func (l *lockedBuffer) request(t testing.TB, id string) (line map[string]any) {
 	return line
 }
 
-// messages returns the messages of a severity, with their reasons, except those of requests.
+// messages returns the messages of a severity, with their errors, except those of requests.
 func (l *lockedBuffer) messages(t testing.TB, severity string) (messages []string) {
 	t.Helper()
 	for _, line := range l.lines(t) {
 		if line["severity"] == severity && line["message"] != "request" {
-			messages = append(messages, fmt.Sprint(line["message"], " ", line["reason"]))
+			messages = append(messages, fmt.Sprint(line["message"], " ", line["error"]))
 		}
 	}
 	return messages
@@ -731,50 +709,21 @@ func eventually(t testing.TB, what string, condition func() bool) {
 	}
 }
 
-// retryAfterPause runs f, and again if f fails and the machine paused in the meantime. Virtual
-// machines do that, for seconds, and then timeouts expire that the service would not have reached.
-func retryAfterPause(t testing.TB, f func() error) {
-	t.Helper()
-	done, pause := make(chan struct{}), make(chan time.Duration)
-	go func() {
-		longest, last := time.Duration(0), time.Now()
-		for ended := false; !ended; last = time.Now() {
-			select {
-			case <-time.After(10 * time.Millisecond):
-			case <-done:
-				ended = true
-			}
-			longest = max(longest, time.Since(last))
-		}
-		pause <- longest
-	}()
-	err := f()
-	close(done)
-	if paused := <-pause; err != nil && paused > 500*time.Millisecond {
-		t.Logf("%v, while the machine paused for %v", err, paused)
-		err = f()
-	}
-	if err != nil {
-		t.Error(err)
-	}
-}
-
-// openDB opens a database with a changed configuration until the test ends. Like the shared one, it
-// knows whether the host is a pooler. Before it runs statements, startDB must apply the schema.
+// openDB opens a database with a changed configuration until the test ends. Before it runs
+// statements, startDB must apply the schema.
 func openDB(t testing.TB, databaseURL string, changes ...func(*pgxpool.Config)) *database {
 	t.Helper()
-	config, _, err := poolConfig(databaseURL)
+	config, err := poolConfig(databaseURL)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, change := range changes {
 		change(config)
 	}
-	d, err := newTracedDatabase(config)
+	d, err := newDatabase(config, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
-	d.pooler.Store(sharedDB.pooler.Load())
 	t.Cleanup(d.pool.Close)
 	return d
 }
@@ -793,7 +742,7 @@ func startDB(t testing.TB, d *database) *database {
 func createDatabase(t testing.TB, options ...string) string {
 	t.Helper()
 	name := "test_" + strings.ToLower(rand.Text())
-	sqlExec(t, sharedDB.pool, `CREATE DATABASE `+name+` `+strings.Join(options, ` `))
+	sqlExec(t, testDB(t).pool, `CREATE DATABASE `+name+` `+strings.Join(options, ` `))
 	t.Cleanup(func() {
 		eventually(t, "removal of the test's database", func() bool { // autovacuum may be in it
 			_, err := sharedDB.pool.Exec(context.Background(), `DROP DATABASE `+name+` WITH (FORCE)`)
@@ -803,13 +752,10 @@ func createDatabase(t testing.TB, options ...string) string {
 	return changeURL(t, func(u *url.URL) { u.Path = "/" + name })
 }
 
-// sharedDatabaseURL returns the connection string of the tests' database.
-func sharedDatabaseURL() string { return sharedDB.pool.Config().ConnString() }
-
 // changeURL returns a changed connection string of the tests' database.
 func changeURL(t testing.TB, change func(*url.URL)) string {
 	t.Helper()
-	u, err := url.Parse(sharedDatabaseURL())
+	u, err := url.Parse(os.Getenv("DATABASE_URL"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -848,14 +794,6 @@ func endSessions(t testing.TB, databaseURL string) {
 	t.Helper()
 	sqlExec(t, sharedDB.pool, `SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
 		WHERE datname = $1`, databaseName(t, databaseURL))
-}
-
-// renewSessions makes a pooler open new sessions of a database, which have its settings.
-func renewSessions(t testing.TB, databaseURL string) {
-	t.Helper()
-	if sharedDB.pooler.Load() {
-		endSessions(t, databaseURL)
-	}
 }
 
 // A runner is a pool or a transaction.
@@ -907,101 +845,4 @@ func waitBlocked(t testing.TB, tx pgx.Tx, n int) {
 		return sqlValue[int](t, sharedDB.pool, `SELECT count(*) FROM pg_stat_activity
 			WHERE $1 = ANY (pg_blocking_pids(pid))`, pid) == n
 	})
-}
-
-// catalogState describes the relations, columns, indexes and comments in the schema public. It also
-// changes if a definition is replaced by the same one.
-func catalogState(t testing.TB, on runner) string {
-	t.Helper()
-	return sqlValue[string](t, on, `
-		SELECT string_agg(line, E'\n' ORDER BY line)
-		FROM (SELECT format('%s %s %s %s', c.relname, c.oid, c.xmin,
-		                 (SELECT string_agg(concat(d.objsubid, d.description, d.xmin), ','
-		                                    ORDER BY d.objsubid)
-		                  FROM pg_description d WHERE d.objoid = c.oid))
-		      FROM pg_class c WHERE c.relnamespace = 'public'::regnamespace
-		      UNION ALL
-		      SELECT format('%s.%s %s', a.attrelid, a.attname, a.xmin)
-		      FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid
-		      WHERE c.relnamespace = 'public'::regnamespace
-		      UNION ALL
-		      SELECT format('%s %s', i.indexrelid, i.xmin)
-		      FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
-		      WHERE c.relnamespace = 'public'::regnamespace) AS lines (line)`)
-}
-
-// A statementTracer records the service's statements about tasks. It must be the Tracer of the
-// configuration that openDB gets.
-type statementTracer struct {
-	*database
-	mu    sync.Mutex
-	asked []pgx.TraceQueryStartData
-}
-
-func (s *statementTracer) TraceQueryStart(
-	ctx context.Context, conn *pgx.Conn, data pgx.TraceQueryStartData,
-) context.Context {
-	if strings.Contains(data.SQL, "tasks") && !strings.Contains(data.SQL, "EXPLAIN") {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		s.asked = append(s.asked, data)
-	}
-	return s.database.TraceQueryStart(ctx, conn, data)
-}
-
-// newTracedDatabase is newDatabase without a log. If config has a statementTracer, that wraps the
-// tracer of the database.
-func newTracedDatabase(config *pgxpool.Config) (*database, error) {
-	tracer, ok := config.ConnConfig.Tracer.(*statementTracer)
-	d, err := newDatabase(config, slog.New(slog.DiscardHandler))
-	if ok {
-		tracer.database, config.ConnConfig.Tracer = d, tracer
-	}
-	return d, err
-}
-
-// A plan is a node of the output of EXPLAIN (FORMAT JSON).
-type plan struct {
-	Type    string  `json:"Node Type"`
-	Index   string  `json:"Index Name"`
-	Removed float64 `json:"Rows Removed by Filter"`
-	Rows    float64 `json:"Actual Rows"`
-	Hit     int     `json:"Shared Hit Blocks"` // of the node and those below it
-	Read    int     `json:"Shared Read Blocks"`
-	Plans   []plan  `json:"Plans"`
-}
-
-// nodes returns the plan's nodes, the topmost first.
-func (p plan) nodes() []plan {
-	all := []plan{p}
-	for _, below := range p.Plans {
-		all = append(all, below.nodes()...)
-	}
-	return all
-}
-
-// explain prepares and runs a statement with a plan_cache_mode and returns its plan.
-func explain(t testing.TB, d *database, mode string, asked pgx.TraceQueryStartData) plan {
-	t.Helper()
-	tx := begin(t, d)
-	defer tx.Rollback(t.Context())               // frees the connection for the next one
-	named := asked.Args[1].(pgx.StrictNamedArgs) // after the execution mode
-	sql, values, err := named.RewriteQuery(t.Context(), nil, asked.SQL, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var args []string
-	for _, v := range values {
-		text := fmt.Sprint(v) // the arguments of lists and counts are numbers, booleans and a user id
-		args = append(args, "'"+strings.ReplaceAll(text, "'", "''")+"'")
-	}
-	sqlExec(t, tx, `SET LOCAL plan_cache_mode = `+mode+`; PREPARE explained AS `+sql)
-	text := sqlValue[string](t, tx, `EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE explained (`+
-		strings.Join(args, ", ")+`)`)
-	sqlExec(t, tx, `DEALLOCATE explained`)
-	var plans []struct{ Plan plan }
-	if err := json.Unmarshal([]byte(text), &plans); err != nil {
-		t.Fatal(err)
-	}
-	return plans[0].Plan
 }

@@ -14,7 +14,6 @@ import (
 	"strconv"
 	"strings"
 	"time"
-	"unicode"
 	"unicode/utf8"
 
 	"github.com/jackc/pgx/v5"
@@ -26,7 +25,6 @@ const (
 	maxDescription = 1000 // characters; also a CHECK in schema.sql
 	defaultLimit   = 50   // tasks on a page
 	maxLimit       = 100
-	maxTags        = 100 // entity-tags in If-Match and If-None-Match
 
 	minIdempotencyKey = 16  // bytes; a UUID has 36
 	maxIdempotencyKey = 255 // bytes; also a CHECK in schema.sql
@@ -77,62 +75,36 @@ func (t timestamp) MarshalText() ([]byte, error) {
 // same updated_at.
 func (t task) etag() string { return `"` + t.UpdatedAt.String() + `"` }
 
-// entityTag matches the first element of a list of entity-tags (RFC 9110, section 8.8.3). A comma
-// may stand inside the quotes.
-var entityTag = regexp.MustCompile(`^(?:W/)?"([^"\x00-\x20\x7f]*)"[ \t]*(?:,|$)`)
-
-// A tagList is the value of If-Match or If-None-Match.
-type tagList struct {
-	wildcard bool        // the value is *
-	versions []time.Time // of the tags of this service; another tag matches no version
+// A versions is the value of If-Match or If-None-Match.
+type versions struct {
+	any  bool        // the value is *
+	list []time.Time // of the entity-tags of this service; another tag matches no version
 }
 
-// tags parses a header, and returns nil if the request does not have it. A proxy that compresses
-// responses rewrites their tags as W/"…" or "…-gzip". Such a tag still names the same version, so
-// it matches in If-Match too, although RFC 9110 does not let weak tags match there.
-func tags(r *http.Request, header string) (*tagList, error) {
-	values := r.Header[header]
-	if values == nil {
-		return nil, nil
-	}
-	text := strings.Trim(strings.Join(values, ","), ", \t")
-	if text == "*" {
-		return &tagList{wildcard: true}, nil
-	}
-	list := &tagList{}
-	for range maxTags {
-		match := entityTag.FindStringSubmatch(text)
-		if match == nil {
-			break
-		}
-		if version, ok := parseVersion(match[1]); ok {
-			list.versions = append(list.versions, version)
-		}
-		if text = strings.TrimLeft(text[len(match[0]):], ", \t"); text == "" {
-			return list, nil
-		}
-	}
-	return nil, invalid("%s must be * or a list of up to %d entity-tags such as %s, "+
-		"in double quotes", header, maxTags, task{}.etag())
-}
+// ourTag matches an entity-tag of this service. A proxy that compresses responses rewrites it as
+// W/"…" or "…-gzip". It still names the same version, so it matches in If-Match too, although weak
+// tags do not match there in RFC 9110, section 13.1.1.
+var ourTag = regexp.MustCompile(`"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z)(?:[^0-9A-Za-z"][^"]*)?"`)
 
-// parseVersion reads the quoted part of an entity-tag, which may have a suffix such as -gzip.
-func parseVersion(text string) (time.Time, bool) {
-	if len(text) < len(timestampFormat) {
-		return time.Time{}, false
+// readVersions reads a header, and returns absent if the request does not have it.
+func readVersions(r *http.Request, header string, absent versions) (v versions, err error) {
+	if r.Header[header] == nil {
+		return absent, nil
 	}
-	text, suffix := text[:len(timestampFormat)], text[len(timestampFormat):]
-	version, err := time.Parse(timestampFormat, text)
-	if err != nil || timestamp(version).String() != text {
-		return time.Time{}, false
+	text := strings.Join(r.Header[header], ",")
+	if strings.TrimSpace(text) == "*" {
+		return versions{any: true}, nil
 	}
-	next, _ := utf8.DecodeRuneInString(suffix)
-	return version, !unicode.IsLetter(next) && !unicode.IsDigit(next)
-}
-
-// contains reports whether the list matches a version. A nil list matches none.
-func (l *tagList) contains(version timestamp) bool {
-	return l != nil && (l.wildcard || slices.ContainsFunc(l.versions, time.Time(version).Equal))
+	if strings.Count(text, `"`) < 2 {
+		return v, invalid("%s must be * or a list of entity-tags such as %s, in double quotes",
+			header, task{}.etag())
+	}
+	for _, match := range ourTag.FindAllStringSubmatch(text, -1) {
+		if version, err := time.Parse(timestampFormat, match[1]); err == nil {
+			v.list = append(v.list, version)
+		}
+	}
+	return v, nil
 }
 
 func writeTask(w http.ResponseWriter, status int, t task) error {
@@ -152,10 +124,8 @@ type change struct {
 
 // readChange reads and validates the members of a body that clients may set. It ignores all others,
 // because clients send whole tasks back.
-func readChange(
-	ctx context.Context, w http.ResponseWriter, r *http.Request,
-) (c change, err error) {
-	members, err := readObject(ctx, w, r)
+func readChange(r *http.Request) (c change, err error) {
+	members, err := readObject(r)
 	if err != nil {
 		return c, err
 	}
@@ -205,10 +175,8 @@ func parseCompleted(members map[string]json.RawMessage) (completed *bool, err er
 	return completed, err
 }
 
-func (s *server) createTask(
-	ctx context.Context, w http.ResponseWriter, r *http.Request, key taskKey,
-) error {
-	c, err := readChange(ctx, w, r)
+func (s *server) createTask(w http.ResponseWriter, r *http.Request, key taskKey) error {
+	c, err := readChange(r)
 	if err != nil {
 		return err
 	}
@@ -219,7 +187,7 @@ func (s *server) createTask(
 	if err != nil {
 		return err
 	}
-	t, replayed, err := s.db.insert(ctx, key.user, c, idempotencyKey)
+	t, replayed, err := s.db.insert(r.Context(), key.user, c, idempotencyKey)
 	if err != nil {
 		return err
 	}
@@ -247,28 +215,19 @@ func readIdempotencyKey(r *http.Request) (*string, error) {
 	return &key, nil
 }
 
-// fingerprints returns two hashes of a create's body; c.completed must not be nil. current covers
-// only the fields that differ from their defaults, so that a field added in a later release does
-// not change it. former is the hash that earlier builds stored.
-func (c change) fingerprints() (current, former []byte, err error) {
-	fields := map[string]any{"title": c.title} // a map's JSON has sorted keys
+// fingerprint returns a hash of a create's body. It covers only the fields that differ from their
+// defaults, so that a field added in a later release does not change it. U+0000 cannot occur in a
+// value.
+func (c change) fingerprint() []byte {
+	fields := []string{"title", *c.title}
 	if c.description != nil {
-		fields["description"] = c.description
+		fields = append(fields, "description", *c.description)
 	}
 	if *c.completed {
-		fields["completed"] = true
+		fields = append(fields, "completed", "true")
 	}
-	if current, err = hashJSON(fields); err != nil {
-		return nil, nil, err
-	}
-	former, err = hashJSON([]any{c.title, c.description, c.completed})
-	return current, former, err
-}
-
-func hashJSON(v any) ([]byte, error) {
-	text, err := json.Marshal(v)
-	sum := sha256.Sum256(text)
-	return sum[:], err
+	hash := sha256.Sum256([]byte(strings.Join(fields, "\x00")))
+	return hash[:]
 }
 
 // An insertedTask is the row that insert reads.
@@ -286,24 +245,21 @@ func (d *database) insert(
 	if c.completed == nil {
 		c.completed = new(false)
 	}
-	var hash, formerHash []byte
+	var hash []byte
 	if key != nil {
-		if hash, formerHash, err = c.fingerprints(); err != nil {
-			return t, false, err
-		}
+		hash = c.fingerprint()
 	}
 	// DO UPDATE sets the key to itself, so that RETURNING returns the existing row. DO NOTHING would
 	// not, and a SELECT in the same statement would not see the row of a concurrent request, which is
 	// not in its snapshot. xmax is 0 only in a new row.
-	row, err := queryRow(ctx, d, retryPolicy(key != nil), pgx.RowToStructByPos[insertedTask], `
+	row, err := one(query(ctx, d, retryPolicy(key != nil), pgx.RowToStructByPos[insertedTask], `
 		INSERT INTO public.tasks (user_id, title, description, completed, idempotency_key, request_hash)
 		VALUES (@user_id, @title, @description, @completed, @key, @hash)
 		ON CONFLICT (user_id, idempotency_key) WHERE idempotency_key IS NOT NULL
 		DO UPDATE SET idempotency_key = tasks.idempotency_key
-		RETURNING `+columns+`, xmax <> 0,
-		          request_hash IS NOT DISTINCT FROM @hash OR request_hash = @former_hash`,
+		RETURNING `+columns+`, xmax <> 0, request_hash IS NOT DISTINCT FROM @hash`,
 		pgx.StrictNamedArgs{"user_id": user, "title": c.title, "description": c.description,
-			"completed": c.completed, "key": key, "hash": hash, "former_hash": formerHash})
+			"completed": c.completed, "key": key, "hash": hash}))
 	if err == nil && !row.SameBody {
 		err = errKeyReused
 	}
@@ -319,61 +275,52 @@ type page struct {
 }
 
 // readPage reads the query string of a list.
-func readPage(q url.Values) (page, error) {
-	params := queryParams{values: q}
-	p := page{
-		completed: params.boolean("completed"),
-		limit:     params.number("limit", 1, maxLimit, defaultLimit),
-		offset:    params.number("offset", 0, math.MaxInt64, 0),
-		before:    params.number("before", 1, math.MaxInt64, math.MaxInt64),
+func readPage(q url.Values) (p page, err error) {
+	if p.completed, err = readBool(q, "completed"); err != nil {
+		return p, err
 	}
-	total := params.boolean("total")
-	p.total = total != nil && *total
+	if p.limit, err = readNumber(q, "limit", 1, maxLimit, defaultLimit); err != nil {
+		return p, err
+	}
+	if p.offset, err = readNumber(q, "offset", 0, math.MaxInt64, 0); err != nil {
+		return p, err
+	}
+	if p.before, err = readNumber(q, "before", 1, math.MaxInt64, math.MaxInt64); err != nil {
+		return p, err
+	}
 	if q.Has("before") && q.Has("offset") {
-		params.fail("before and offset must not be used together")
+		return p, invalid("before and offset must not be used together")
 	}
-	return p, params.err
+	total, err := readBool(q, "total")
+	p.total = total != nil && *total
+	return p, err
 }
 
-// queryParams reads the values of a query string. err is the first error.
-type queryParams struct {
-	values url.Values
-	err    error
+// readNumber returns a parameter from lowest to highest, or absent if there is none.
+func readNumber(q url.Values, name string, lowest, highest, absent int64) (int64, error) {
+	if !q.Has(name) {
+		return absent, nil
+	}
+	n, err := strconv.ParseUint(q.Get(name), 10, 63) // accepts no sign
+	if err != nil || int64(n) < lowest || int64(n) > highest || len(q[name]) > 1 {
+		return 0, invalid("%s must be a single whole number from %d to %d", name, lowest, highest)
+	}
+	return int64(n), nil
 }
 
-func (p *queryParams) fail(format string, args ...any) {
-	if p.err == nil {
-		p.err = invalid(format, args...)
+// readBool returns a parameter that is true or false, or nil if there is none.
+func readBool(q url.Values, name string) (*bool, error) {
+	if !q.Has(name) {
+		return nil, nil
 	}
+	value := q.Get(name)
+	if len(q[name]) > 1 || value != "true" && value != "false" {
+		return nil, invalid("%s must be true or false", name)
+	}
+	return new(value == "true"), nil
 }
 
-// number returns a parameter from lowest to highest, or fallback if it is absent.
-func (p *queryParams) number(name string, lowest, highest, fallback int64) int64 {
-	if !p.values.Has(name) {
-		return fallback
-	}
-	n, err := strconv.ParseUint(p.values.Get(name), 10, 63) // accepts no sign
-	if err != nil || int64(n) < lowest || int64(n) > highest || len(p.values[name]) > 1 {
-		p.fail("%s must be a single whole number from %d to %d", name, lowest, highest)
-	}
-	return int64(n)
-}
-
-// boolean returns a parameter that is true or false, nil if it is absent.
-func (p *queryParams) boolean(name string) *bool {
-	if !p.values.Has(name) {
-		return nil
-	}
-	value := p.values.Get(name)
-	if len(p.values[name]) > 1 || value != "true" && value != "false" {
-		p.fail("%s must be true or false", name)
-	}
-	return new(value == "true")
-}
-
-func (s *server) listTasks(
-	ctx context.Context, w http.ResponseWriter, r *http.Request, key taskKey,
-) error {
+func (s *server) listTasks(w http.ResponseWriter, r *http.Request, key taskKey) error {
 	q, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
 		return invalid("the query string is malformed: percent-encode reserved characters")
@@ -382,12 +329,12 @@ func (s *server) listTasks(
 	if err != nil {
 		return err
 	}
-	tasks, err := s.db.list(ctx, key.user, p)
+	tasks, err := s.db.list(r.Context(), key.user, p)
 	if err != nil {
 		return err
 	}
 	if p.total {
-		total, err := s.db.count(ctx, key.user, p)
+		total, err := s.db.count(r.Context(), key.user, p.completed)
 		if err != nil {
 			return err
 		}
@@ -402,62 +349,51 @@ func (s *server) listTasks(
 	return writeJSON(w, http.StatusOK, tasks)
 }
 
-// filter returns the columns that have the same value in all tasks of a list, these values in SQL,
-// and the arguments. An index of the table must begin with the columns in this order.
-func (p page) filter(user string) (names, values string, args pgx.StrictNamedArgs) {
-	names, values = "user_id", "(SELECT @user_id)"
-	args = pgx.StrictNamedArgs{"user_id": user}
-	if p.completed != nil {
-		names, values = names+", completed", values+", (SELECT @completed::boolean)"
-		args["completed"] = *p.completed
-	}
-	return names, values, args
-}
-
 // list returns a page of tasks and, if there are more, the first task of the next page.
 //
-// The planner must scan one index backward from the cursor, whatever its statistics say. With
-// user_id = $1 AND id < $2 it sometimes filters or sorts all tasks of a user. A row comparison fits
-// only one index, which returns the rows in order. The planner does not see the values of
-// sub-selects, so it makes no estimate from them, and plans a prepared statement only once.
-// TestListsReadOneIndex fails without any of this.
+// With user_id = $1 AND id < $2 the planner sometimes sorts or filters all tasks of a user: when its
+// statistics are wrong, as they are after a restore. A row comparison fits only one index, which has
+// the rows in the order of the list. The values are sub-selects, because the planner makes no
+// estimate from what it does not see. It then has one plan: read that index backward from the
+// cursor. TestListsReadOneIndex fails without any of these parts.
 func (d *database) list(ctx context.Context, user string, p page) ([]task, error) {
-	names, values, args := p.filter(user)
-	args["last"], args["limit"], args["offset"] = p.before-1, p.limit+1, p.offset
-	redundant := ""
-	if names != "user_id" { // with a filter, the planner may otherwise scan the primary key and sort
-		redundant = `AND user_id BETWEEN (SELECT @user_id) AND (SELECT @user_id)`
+	where := `
+		WHERE (user_id, id) BETWEEN ((SELECT @user_id), 1) AND ((SELECT @user_id), @last)
+		ORDER BY user_id DESC, id DESC`
+	args := pgx.StrictNamedArgs{"user_id": user, "last": p.before - 1, "limit": p.limit + 1,
+		"offset": p.offset}
+	if p.completed != nil { // the second condition keeps the planner from the primary key
+		where = `
+		WHERE (user_id, completed, id) BETWEEN ((SELECT @user_id), (SELECT @completed::boolean), 1)
+		                                   AND ((SELECT @user_id), (SELECT @completed::boolean), @last)
+		  AND user_id BETWEEN (SELECT @user_id) AND (SELECT @user_id)
+		ORDER BY user_id DESC, completed DESC, id DESC`
+		args["completed"] = *p.completed
 	}
 	return query(ctx, d, retry, pgx.RowToStructByPos[task], `
 		SELECT `+columns+`
-		FROM public.tasks
-		WHERE (`+names+`, id) BETWEEN (`+values+`, 1) AND (`+values+`, @last)
-		`+redundant+`
-		ORDER BY `+strings.ReplaceAll(names, ",", " DESC,")+` DESC, id DESC
+		FROM public.tasks`+where+`
 		LIMIT (SELECT @limit::bigint) OFFSET (SELECT @offset::bigint)`, args)
 }
 
 // count returns the number of tasks on all pages.
-func (d *database) count(ctx context.Context, user string, p page) (int64, error) {
-	names, values, args := p.filter(user)
-	return queryRow(ctx, d, retry, pgx.RowTo[int64], `
+func (d *database) count(ctx context.Context, user string, completed *bool) (int64, error) {
+	return one(query(ctx, d, retry, pgx.RowTo[int64], `
 		SELECT count(*)
 		FROM public.tasks
-		WHERE (`+names+`) = (`+values+`)`, args)
+		WHERE user_id = $1 AND completed = COALESCE($2, completed)`, user, completed))
 }
 
-func (s *server) getTask(
-	ctx context.Context, w http.ResponseWriter, r *http.Request, key taskKey,
-) error {
-	known, err := tags(r, "If-None-Match")
+func (s *server) getTask(w http.ResponseWriter, r *http.Request, key taskKey) error {
+	known, err := readVersions(r, "If-None-Match", versions{})
 	if err != nil {
 		return err
 	}
-	t, err := s.db.get(ctx, key)
+	t, err := s.db.get(r.Context(), key)
 	if err != nil {
 		return err
 	}
-	if known.contains(t.UpdatedAt) {
+	if known.any || slices.ContainsFunc(known.list, time.Time(t.UpdatedAt).Equal) {
 		w.Header().Set("ETag", t.etag())
 		w.WriteHeader(http.StatusNotModified)
 		return nil
@@ -466,27 +402,23 @@ func (s *server) getTask(
 }
 
 func (d *database) get(ctx context.Context, key taskKey) (task, error) {
-	return queryRow(ctx, d, retry, pgx.RowToStructByPos[task], `
+	return one(query(ctx, d, retry, pgx.RowToStructByPos[task], `
 		SELECT `+columns+`
 		FROM public.tasks
-		WHERE user_id = $1 AND id = $2`, key.user, key.id)
+		WHERE user_id = $1 AND id = $2`, key.user, key.id))
 }
 
-func (s *server) updateTask(
-	ctx context.Context, w http.ResponseWriter, r *http.Request, key taskKey,
-) error {
-	c, err := readChange(ctx, w, r)
+func (s *server) updateTask(w http.ResponseWriter, r *http.Request, key taskKey) error {
+	c, err := readChange(r)
 	if err != nil {
 		return err
 	}
-	return s.applyChange(ctx, w, r, key, c)
+	return s.applyChange(w, r, key, c)
 }
 
 // completeTask sets completed to the body's value, or toggles it if the body has none.
-func (s *server) completeTask(
-	ctx context.Context, w http.ResponseWriter, r *http.Request, key taskKey,
-) error {
-	members, err := readObject(ctx, w, r)
+func (s *server) completeTask(w http.ResponseWriter, r *http.Request, key taskKey) error {
+	members, err := readObject(r)
 	if err != nil {
 		return err
 	}
@@ -494,19 +426,18 @@ func (s *server) completeTask(
 	if err != nil {
 		return err
 	}
-	c := change{completed: completed, toggle: completed == nil}
-	return s.applyChange(ctx, w, r, key, c)
+	return s.applyChange(w, r, key, change{completed: completed, toggle: completed == nil})
 }
 
 // applyChange changes a task if its version is in If-Match.
 func (s *server) applyChange(
-	ctx context.Context, w http.ResponseWriter, r *http.Request, key taskKey, c change,
+	w http.ResponseWriter, r *http.Request, key taskKey, c change,
 ) error {
-	match, err := tags(r, "If-Match")
+	match, err := readVersions(r, "If-Match", versions{any: true})
 	if err != nil {
 		return err
 	}
-	t, err := s.db.update(ctx, key, match, c)
+	t, err := s.db.update(r.Context(), key, match, c)
 	if err != nil {
 		return err
 	}
@@ -517,7 +448,7 @@ func (s *server) applyChange(
 // of different fields are all kept. updated_at increases even if the clock has not advanced or was
 // set back.
 func (d *database) update(
-	ctx context.Context, key taskKey, match *tagList, c change,
+	ctx context.Context, key taskKey, match versions, c change,
 ) (task, error) {
 	return d.modify(ctx, key, match, `
 		UPDATE public.tasks
@@ -529,21 +460,19 @@ func (d *database) update(
 			"description": c.description, "completed": c.completed, "toggle": c.toggle})
 }
 
-func (s *server) deleteTask(
-	ctx context.Context, w http.ResponseWriter, r *http.Request, key taskKey,
-) error {
-	match, err := tags(r, "If-Match")
+func (s *server) deleteTask(w http.ResponseWriter, r *http.Request, key taskKey) error {
+	match, err := readVersions(r, "If-Match", versions{any: true})
 	if err != nil {
 		return err
 	}
-	if err := s.db.delete(ctx, key, match); err != nil {
+	if err := s.db.delete(r.Context(), key, match); err != nil {
 		return err
 	}
 	w.WriteHeader(http.StatusNoContent)
 	return nil
 }
 
-func (d *database) delete(ctx context.Context, key taskKey, match *tagList) error {
+func (d *database) delete(ctx context.Context, key taskKey, match versions) error {
 	_, err := d.modify(ctx, key, match, `DELETE FROM public.tasks`, pgx.StrictNamedArgs{})
 	return err
 }
@@ -551,19 +480,15 @@ func (d *database) delete(ctx context.Context, key taskKey, match *tagList) erro
 // modify runs an UPDATE or DELETE, to which it adds the WHERE and RETURNING clauses and their
 // arguments. It returns the task, or errChanged if match does not contain the task's version.
 func (d *database) modify(
-	ctx context.Context, key taskKey, match *tagList, statement string, args pgx.StrictNamedArgs,
+	ctx context.Context, key taskKey, match versions, statement string, args pgx.StrictNamedArgs,
 ) (task, error) {
-	statement += `
-		WHERE user_id = @user_id AND id = @id`
 	args["user_id"], args["id"] = key.user, key.id
-	conditional := match != nil && !match.wildcard
-	if conditional {
-		statement += ` AND updated_at = ANY (@match::timestamptz[])`
-		args["match"] = match.versions
-	}
-	t, err := queryRow(ctx, d, noRetry, pgx.RowToStructByPos[task], statement+`
-		RETURNING `+columns, args)
-	if errors.Is(err, errNotFound) && conditional {
+	args["any"], args["versions"] = match.any, match.list
+	t, err := one(query(ctx, d, noRetry, pgx.RowToStructByPos[task], statement+`
+		WHERE user_id = @user_id AND id = @id
+		  AND (@any::boolean OR updated_at = ANY (@versions::timestamptz[]))
+		RETURNING `+columns, args))
+	if errors.Is(err, errNotFound) && !match.any {
 		if _, err := d.get(ctx, key); err != nil {
 			return t, err
 		}
