@@ -67,8 +67,8 @@ func newAuthenticator(getenv func(string) string) (*authenticator, error) {
 	return a, nil
 }
 
-// addKeys adds the secrets of a rotation list (2:new,1:old), the current one first. Like Better Auth, it trims
-// white space around versions and secrets. A version must be digits.
+// addKeys adds the secrets of a rotation list (2:new,1:old), the current one first. Like Better
+// Auth, it trims white space around versions and secrets. A version must be digits.
 func (a *authenticator) addKeys(setting, list string) error {
 	seen := map[uint64]bool{}
 	for i, entry := range strings.Split(list, ",") {

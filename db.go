@@ -314,9 +314,9 @@ func one[T any](rows []T, err error) (row T, _ error) {
 // tryQuery runs a statement once and releases the connection. It reports whether the connection
 // broke.
 //
-// A statement that was sent goes on when its client disconnects, because it may be committed anyway,
-// and pgx would close the connection. pgx's CancelRequestContextWatcherHandler would keep the
-// connection, but its cancel request can cancel the next statement.
+// A statement that was sent goes on when its client disconnects, because it may be committed
+// anyway, and pgx would close the connection. pgx's CancelRequestContextWatcherHandler would keep
+// the connection, but its cancel request can cancel the next statement.
 func tryQuery[T any](
 	ctx context.Context, d *database, conn *pgxpool.Conn,
 	scan pgx.RowToFunc[T], sql string, args ...any,
@@ -346,8 +346,8 @@ func tryQuery[T any](
 	return rows, conn.Conn().IsClosed(), err
 }
 
-// resetReadOnly closes the pool's connections so that the next ones reach the primary, once a second
-// at most.
+// resetReadOnly closes the pool's connections so that the next ones reach the primary, once a
+// second at most.
 func (d *database) resetReadOnly() {
 	if !d.resetting.Swap(true) {
 		d.pool.Reset()
@@ -377,8 +377,8 @@ func transient(err error) bool {
 // slowStatement is the duration from which a statement is logged at WARNING.
 const slowStatement = time.Second
 
-// observe counts a statement and logs it at DEBUG, or at WARNING if it was slow: with its SQL, never
-// with its arguments.
+// observe counts a statement and logs it at DEBUG, or at WARNING if it was slow: with its SQL,
+// never with its arguments.
 func (d *database) observe(
 	ctx context.Context, sql string, start time.Time, rows int, err error,
 ) {

@@ -729,15 +729,15 @@ func truncate(text string, n int) string {
 	return strings.ToValidUTF8(text[:n], "")
 }
 
-// metrics counts requests by their labels in Prometheus' text format. The number of series is
-// bounded, because the label route is the pattern of a path.
+// metrics counts requests by their labels in Prometheus' text format. The number of labels is
+// bounded, because route is the pattern of a path.
 type metrics struct {
 	mu       sync.Mutex
 	requests map[string]int
 }
 
 func (m *metrics) count(route, method string, status int) {
-	labels := fmt.Sprintf(`route=%q,method=%q,status="%d"`, route, method, status)
+	labels := `route="` + route + `",method="` + method + `",status="` + strconv.Itoa(status) + `"`
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.requests[labels]++
@@ -745,7 +745,34 @@ func (m *metrics) count(route, method string, status int) {
 
 // serveMetrics writes Prometheus' text format. It reads counters of the process and runs no query.
 func (s *server) serveMetrics(w http.ResponseWriter, _ *http.Request) {
+	pool := s.db.pool.Stat()
+	var memory runtime.MemStats
+	runtime.ReadMemStats(&memory)
 	var text bytes.Buffer
+	for _, m := range []struct {
+		kind, name, help string
+		value            any // a number
+	}{
+		{"counter", "todo_db_statements_total", "Statements that have ended.", s.db.statements.Load()},
+		{"counter", "todo_db_statement_seconds_total", "Time that statements took.",
+			time.Duration(s.db.statementTime.Load()).Seconds()},
+		{"gauge", "todo_db_connections_acquired", "Connections in use.", pool.AcquiredConns()},
+		{"gauge", "todo_db_connections_idle", "Connections not in use.", pool.IdleConns()},
+		{"gauge", "todo_db_connections_open", "Connections of the pool.", pool.TotalConns()},
+		{"gauge", "todo_db_connections_max", "Maximum size of the pool.", pool.MaxConns()},
+		{"counter", "todo_db_acquires_total", "Connections acquired.", pool.AcquireCount()},
+		{"counter", "todo_db_acquire_waits_total", "Acquires that waited.", pool.EmptyAcquireCount()},
+		{"counter", "todo_db_acquire_wait_seconds_total", "Time that acquires waited.",
+			pool.EmptyAcquireWaitTime().Seconds()},
+		{"counter", "todo_db_acquires_canceled_total", "Acquires that timed out or were canceled.",
+			pool.CanceledAcquireCount()},
+		{"gauge", "go_goroutines", "Number of goroutines.", runtime.NumGoroutine()},
+		{"gauge", "go_memstats_heap_alloc_bytes", "Bytes of allocated heap objects.", memory.HeapAlloc},
+		{"gauge", "go_memstats_sys_bytes", "Bytes obtained from the system.", memory.Sys},
+	} {
+		fmt.Fprintf(&text, "# HELP %[2]s %[3]s\n# TYPE %[2]s %[1]s\n%[2]s %[4]v\n",
+			m.kind, m.name, m.help, m.value)
+	}
 	text.WriteString("# HELP todo_http_requests_total Requests by route, method and status.\n" +
 		"# TYPE todo_http_requests_total counter\n")
 	s.metrics.mu.Lock()
@@ -753,40 +780,6 @@ func (s *server) serveMetrics(w http.ResponseWriter, _ *http.Request) {
 		fmt.Fprintf(&text, "todo_http_requests_total{%s} %d\n", labels, n)
 	}
 	s.metrics.mu.Unlock()
-	db, pool := s.db, s.db.pool.Stat()
-	var memory runtime.MemStats
-	runtime.ReadMemStats(&memory)
-	for _, m := range []struct {
-		kind, name, help string
-		value            any // a number
-	}{
-		{"counter", "todo_db_statements_total", "Statements that have ended, including failed ones.",
-			db.statements.Load()},
-		{"counter", "todo_db_statement_seconds_total", "Time that statements took.",
-			time.Duration(db.statementTime.Load()).Seconds()},
-		{"gauge", "todo_db_connections_acquired", "Connections in use.", pool.AcquiredConns()},
-		{"gauge", "todo_db_connections_idle", "Connections not in use.", pool.IdleConns()},
-		{"gauge", "todo_db_connections_open", "Connections, including those being established.",
-			pool.TotalConns()},
-		{"gauge", "todo_db_connections_max", "Maximum size of the pool.", pool.MaxConns()},
-		{"counter", "todo_db_acquires_total", "Acquires that returned a connection.",
-			pool.AcquireCount()},
-		{"counter", "todo_db_acquire_waits_total",
-			"Acquires that waited for a connection to be released or established.",
-			pool.EmptyAcquireCount()},
-		{"counter", "todo_db_acquire_wait_seconds_total", "Time that acquires waited for a connection.",
-			pool.EmptyAcquireWaitTime().Seconds()},
-		{"counter", "todo_db_acquires_canceled_total",
-			"Acquires canceled before a connection was available.", pool.CanceledAcquireCount()},
-		{"gauge", "go_goroutines", "Number of goroutines that currently exist.",
-			runtime.NumGoroutine()},
-		{"gauge", "go_memstats_heap_alloc_bytes", "Number of heap bytes allocated and still in use.",
-			memory.HeapAlloc},
-		{"gauge", "go_memstats_sys_bytes", "Number of bytes obtained from system.", memory.Sys},
-	} {
-		fmt.Fprintf(&text, "# HELP %[2]s %[3]s\n# TYPE %[2]s %[1]s\n%[2]s %[4]v\n",
-			m.kind, m.name, m.help, m.value)
-	}
 	writeBody(w, http.StatusOK, "text/plain; version=0.0.4; charset=utf-8", text.Bytes())
 }
 
