@@ -453,9 +453,7 @@ var (
 	errManyHeaders = apiError{431, fmt.Sprintf("The request must not have more than %d headers.",
 		maxHeaderNames)}
 	errInternal = apiError{500, "Internal error. Report it with the X-Request-Id of this response."}
-	errNotReady = apiError{503, "The service is starting: it has not reached its database, or the " +
-		"schema is not in place yet."}
-	errNotSent = apiError{503, "The database is unavailable. " +
+	errNotSent  = apiError{503, "The database is unavailable. " +
 		"Try again shortly; nothing was changed."}
 	errUnavailable = apiError{503, "The database is unavailable or did not answer in time. " +
 		"Try again shortly. A change may or may not have been made; " +
@@ -483,7 +481,7 @@ func writeError(w http.ResponseWriter, err error) {
 		w.Header().Set("Accept-Encoding", "identity") // RFC 9110, section 15.5.16
 	case errCutBody, errSlowBody, errLargeBody, errManyHeaders:
 		w.Header().Set("Connection", "close") // the rest of the request is not read
-	case errTooMany, errNotReady, errNotSent, errUnavailable:
+	case errTooMany, errNotSent, errUnavailable:
 		w.Header().Set("Retry-After", "1") // seconds; Neon resumes in less
 	}
 	writeJSON(w, e.status, map[string]string{"detail": e.detail})
@@ -603,7 +601,7 @@ func (s *server) ready(w http.ResponseWriter, r *http.Request) {
 	case <-s.db.ready:
 		writeJSON(w, http.StatusOK, map[string]string{"status": "ready"})
 	default:
-		entryOf(r.Context()).err = errNotReady
+		entryOf(r.Context()).err = errNotSent
 	}
 }
 
@@ -634,17 +632,14 @@ func (s *server) setCORS(w http.ResponseWriter, r *http.Request) {
 // requests, because tracing libraries add their own, and always those that the API reads, because
 // the browser reuses the answer for later requests.
 func preflight(w http.ResponseWriter, r *http.Request) {
-	allowed := []string{"Authorization", "Content-Type", "If-Match", "If-None-Match",
-		"Idempotency-Key", "X-Request-Id"}
+	allowed := "Authorization, Content-Type, If-Match, If-None-Match, Idempotency-Key, X-Request-Id"
 	requested := strings.Join(r.Header["Access-Control-Request-Headers"], ",")
 	for name := range strings.SplitSeq(requested, ",") {
-		name = strings.TrimSpace(name)
-		known := func(a string) bool { return strings.EqualFold(a, name) }
-		if headerName.MatchString(name) && !slices.ContainsFunc(allowed, known) {
-			allowed = append(allowed, name)
+		if name = strings.TrimSpace(name); headerName.MatchString(name) {
+			allowed += ", " + name
 		}
 	}
-	w.Header().Set("Access-Control-Allow-Headers", strings.Join(allowed, ", "))
+	w.Header().Set("Access-Control-Allow-Headers", allowed)
 	w.Header().Set("Access-Control-Allow-Methods", "GET, POST, PUT, PATCH, DELETE")
 	w.Header().Set("Access-Control-Max-Age", "7200") // seconds; Chromium's maximum
 	w.WriteHeader(http.StatusNoContent)
@@ -676,10 +671,7 @@ const statusDisconnected = 499
 // record logs a request in one line and counts it.
 func (s *server) record(w *response, r *http.Request, e *entry) {
 	took := time.Since(e.start)
-	method, route := r.Method, r.Pattern
-	if _, path, ok := strings.Cut(r.Pattern, " "); ok {
-		route = path
-	}
+	method, route := r.Method, r.Pattern[strings.IndexByte(r.Pattern, ' ')+1:] // without its method
 	if !slices.Contains(methods, method) {
 		method = "other" // clients can invent any number of methods, of any length
 	}

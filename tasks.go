@@ -353,9 +353,10 @@ func (s *server) listTasks(w http.ResponseWriter, r *http.Request, key taskKey) 
 // list returns a page of tasks and, if there are more, the first task of the next page.
 //
 // With user_id = $1 AND id < $2 the planner may sort or filter all tasks of a user, namely when its
-// statistics are wrong, as after a restore. A row comparison fits only one index, which has the rows
-// in the order of the list. The planner makes no estimate from a sub-select's value. So one plan is
-// left: to read that index backward from the cursor. TestListsReadOneIndex fails without any part.
+// statistics are wrong, as after a restore. A row comparison fits only one index, which has the
+// rows in the order of the list. The planner makes no estimate from a sub-select's value. So one
+// plan is left: to read that index backward from the cursor. Without any of these parts,
+// TestListsReadOneIndex fails.
 func (d *database) list(ctx context.Context, user string, p page) ([]task, error) {
 	where := `
 		WHERE (user_id, id) BETWEEN ((SELECT @user_id), 1) AND ((SELECT @user_id), @last)
