@@ -179,22 +179,23 @@ func readOrigins(getenv func(string) string) ([]string, error) {
 // A server is the API over one database.
 type server struct {
 	settings
-	db      *database
-	log     *slog.Logger
-	mux     *http.ServeMux
-	slots   slots
-	metrics metrics
+	db    *database
+	log   *slog.Logger
+	mux   *http.ServeMux
+	slots slots
+
+	counting sync.Mutex     // guards requests
+	requests map[string]int // answered, by their labels in Prometheus' text format
 
 	stopping atomic.Bool // a shutdown has begun: responses close their connections
 	quiet    *time.Timer // in a shutdown, fires when no request has arrived for quietTime
 }
 
 func newServer(set settings, db *database, log *slog.Logger) *server {
-	s := &server{settings: set, db: db, log: log, mux: http.NewServeMux()}
+	s := &server{settings: set, db: db, log: log, mux: http.NewServeMux(),
+		requests: map[string]int{}, quiet: time.NewTimer(quietTime)}
 	s.slots.limit = max(1, int(db.pool.Config().MaxConns)/3)
 	s.slots.users = map[string]*userSlots{}
-	s.metrics.requests = map[string]int{}
-	s.quiet = time.NewTimer(quietTime)
 	for pattern, h := range s.routes() {
 		s.mux.HandleFunc(pattern, h)
 	}
@@ -675,7 +676,11 @@ func (s *server) record(w *response, r *http.Request, e *entry) {
 	if !slices.Contains(methods, method) {
 		method = "other" // clients can invent any number of methods, of any length
 	}
-	s.metrics.count(route, method, w.status)
+	// The number of labels is bounded, because route is the pattern of a path.
+	labels := fmt.Sprintf(`route="%s",method="%s",status="%d"`, route, method, w.status)
+	s.counting.Lock()
+	s.requests[labels]++
+	s.counting.Unlock()
 	level := slog.LevelInfo
 	switch {
 	case w.status == http.StatusServiceUnavailable,
@@ -721,20 +726,6 @@ func truncate(text string, n int) string {
 	return strings.ToValidUTF8(text[:n], "")
 }
 
-// metrics counts requests by their labels in Prometheus' text format. The number of labels is
-// bounded, because route is the pattern of a path.
-type metrics struct {
-	mu       sync.Mutex
-	requests map[string]int
-}
-
-func (m *metrics) count(route, method string, status int) {
-	labels := `route="` + route + `",method="` + method + `",status="` + strconv.Itoa(status) + `"`
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.requests[labels]++
-}
-
 // serveMetrics writes Prometheus' text format. It reads counters of the process and runs no query.
 func (s *server) serveMetrics(w http.ResponseWriter, _ *http.Request) {
 	pool := s.db.pool.Stat()
@@ -767,11 +758,11 @@ func (s *server) serveMetrics(w http.ResponseWriter, _ *http.Request) {
 	}
 	text.WriteString("# HELP todo_http_requests_total Requests by route, method and status.\n" +
 		"# TYPE todo_http_requests_total counter\n")
-	s.metrics.mu.Lock()
-	for labels, n := range s.metrics.requests {
+	s.counting.Lock()
+	for labels, n := range s.requests {
 		fmt.Fprintf(&text, "todo_http_requests_total{%s} %d\n", labels, n)
 	}
-	s.metrics.mu.Unlock()
+	s.counting.Unlock()
 	writeBody(w, http.StatusOK, "text/plain; version=0.0.4; charset=utf-8", text.Bytes())
 }
 
