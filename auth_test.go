@@ -22,13 +22,13 @@ import (
 )
 
 const (
-	hs256           = `{"alg":"HS256"}`
-	aliceClaims     = `{"sub":"alice","exp":9000000000}` // until 2255
-	otherSecret     = "another secret of the tests, 9876543210 äöü"
-	noDatabase      = "postgres://localhost/none"
-	badQuery        = "?limit=0"
-	badTokenTag     = `Bearer error="invalid_token"` // the WWW-Authenticate of an invalid token
-	base64urlDigits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+	hs256             = `{"alg":"HS256"}`
+	aliceClaims       = `{"sub":"alice","exp":9000000000}` // until 2255
+	otherSecret       = "another secret of the tests, 9876543210 äöü"
+	noDatabase        = "postgres://localhost/none"
+	badQuery          = "?limit=0"
+	badTokenChallenge = `Bearer error="invalid_token"` // the WWW-Authenticate of an invalid token
+	base64urlDigits   = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 )
 
 var base64url = base64.RawURLEncoding
@@ -189,7 +189,7 @@ func TestRejectedTokens(t *testing.T) {
 		}
 	}
 	for _, row := range rows {
-		reason := s.rejected(c, badQuery, badTokenTag, "Authorization", "Bearer "+row.token)
+		reason := s.rejected(c, badQuery, badTokenChallenge, "Authorization", "Bearer "+row.token)
 		if !strings.Contains(reason, row.reason) {
 			t.Errorf("%s: the log says %q, want %q", row.name, reason, row.reason)
 		}
@@ -213,7 +213,7 @@ func TestWhereTheTokenIs(t *testing.T) {
 		{"", "Bearer", []string{"Cookie", "token=" + token + "; better-auth.session_token=" + token}},
 		{"", "Bearer", []string{"Proxy-Authorization", "Bearer " + token}},
 		{"?access_token=" + token + "&token=" + token, "Bearer", nil},
-		{"", badTokenTag, []string{name, "Bearer " + token, name, "Bearer " + token}},
+		{"", badTokenChallenge, []string{name, "Bearer " + token, name, "Bearer " + token}},
 	} {
 		s.rejected(c, row.query, row.challenge, row.headers...)
 	}
@@ -415,7 +415,7 @@ func TestEveryRouteRequiresTheUsersToken(t *testing.T) {
 			status                   int
 		}{
 			{"", "Bearer", 401},
-			{"Bearer " + forged, badTokenTag, 401},
+			{"Bearer " + forged, badTokenChallenge, 401},
 			{other.authorization, "", 403},
 		} {
 			c := *owner
