@@ -98,8 +98,7 @@ func (s *service) rejected(c *client, query, challenge string, headers ...string
 	a := c.do("GET", query, "", append(headers, "X-Request-Id", id)...)
 	got := a.header["Www-Authenticate"]
 	if a.status != 401 || !slices.Equal(got, []string{challenge}) {
-		c.t.Errorf("GET %s with %q = %v, WWW-Authenticate %q, want 401, %q", query, headers, a, got,
-			challenge)
+		c.t.Errorf("GET %s with %q = %v, %q, want 401, %q", query, headers, a, got, challenge)
 	}
 	reason = fmt.Sprint(s.log.request(c.t, id)["error"])
 	seen := fmt.Sprint(a.header, a.body, s.log.String())
@@ -148,6 +147,7 @@ func TestRejectedTokens(t *testing.T) {
 		{"not yet valid", of(`{"sub":"alice","exp":9e9,"nbf":8e9}`), "token is not valid yet"},
 		{"nbf beyond int64", of(`{"sub":"alice","exp":9e9,"nbf":1e300}`), ""},
 		{"nbf a string", of(`{"sub":"alice","exp":9e9,"nbf":"0"}`), "nbf is invalid"},
+		{"nbf null", of(`{"sub":"alice","exp":9e9,"nbf":null}`), "nbf is invalid"},
 		{"no sub", of(`{"Sub":"alice","id":"alice","user_id":"alice","exp":9e9}`), noSub},
 		{"e-mail link", of(`{"email":"alice","userId":"alice","exp":9e9}`), noSub},
 		{"session cookie cache", of(`{"session":{"userId":"alice","token":"x"},"version":"1",
