@@ -516,10 +516,10 @@ func (d *database) applyStep(ctx context.Context, conn *pgxpool.Conn, n int) err
 			"COMMENT ON TABLE public.tasks IS 'todo-app schema step %d'", sql, n))
 		return err
 	})
-	switch code := sqlState(err); {
-	case strings.HasPrefix(code, "22"): // data exception; the server's message may contain a title
-		return fmt.Errorf("%s: an existing row has an invalid value (SQLSTATE %s)", name, code)
-	case err != nil:
+	if pg, ok := errors.AsType[*pgconn.PgError](err); ok && strings.HasPrefix(pg.Code, "22") {
+		pg.Message = "an existing row has an invalid value" // the server's text may contain a title
+	}
+	if err != nil {
 		return fmt.Errorf("%s: %w", name, err)
 	}
 	return nil
