@@ -460,10 +460,15 @@ func (d *database) ensureSchema(ctx context.Context) error {
 			d.log.Warn("waiting for a lock", "error", err.Error())
 			sleep(ctx, lockInterval)
 			deadline = time.Now().Add(startTimeout) // the database is reachable
-		case errors.Is(err, errForeignTable), code != "" && !transient(err), time.Now().After(deadline):
+		case errors.Is(err, errForeignTable), code != "" && !transient(err):
 			return err
 		default: // the connection failed
-			backoff(ctx)
+			left, cancel := context.WithDeadline(ctx, deadline)
+			again := backoff(left)
+			cancel()
+			if !again {
+				return err
+			}
 		}
 	}
 }
