@@ -66,8 +66,7 @@ func (p *process) wantStarting() {
 func schemaState(t testing.TB, on runner) string {
 	t.Helper()
 	return sqlValue[string](t, on, `
-		SELECT COALESCE(string_agg(concat_ws(' ', relname, oid, xmin, obj_description(oid, 'pg_class')),
-		                           E'\n' ORDER BY oid), '')
+		SELECT array_agg(concat_ws(' ', oid, relname, xmin, obj_description(oid)) ORDER BY oid)::text
 		FROM pg_class
 		WHERE relnamespace = 'public'::regnamespace`)
 }
@@ -101,7 +100,11 @@ func TestCurrentSchemaIsLeftAlone(t *testing.T) {
 		sqlExec(t, locks, `LOCK TABLE public.tasks IN ACCESS EXCLUSIVE MODE`)
 		sqlExec(t, locks, `SELECT pg_advisory_xact_lock($1)`, schemaLock)
 		trips := r.trips.Load()
-		startDB(t, d)
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		if err := d.ensureSchema(ctx); err != nil {
+			t.Fatalf("%s: start = %v", sql, err)
+		}
 		if n := r.trips.Load() - trips; n != 1 || r.dials.Load() != 1 {
 			t.Errorf("%s: %d round trips in %d sessions, want 1 in 1", sql, n, r.dials.Load())
 		}
@@ -128,6 +131,8 @@ func TestMigrate(t *testing.T) {
 // the role's transactions have another isolation level.
 func TestInstancesStartTogether(t *testing.T) {
 	t.Parallel()
+	const more = "-- step 1: another\nINSERT INTO public.applied VALUES (1);\n" +
+		"-- step 2: a slow one\nINSERT INTO public.applied VALUES (2); SELECT pg_sleep(0.1)"
 	for _, isolation := range []string{"read committed", "repeatable read", "serializable"} {
 		t.Run(isolation, func(t *testing.T) {
 			t.Parallel()
@@ -138,19 +143,15 @@ func TestInstancesStartTogether(t *testing.T) {
 			instances := make([]*database, 8)
 			for i := range instances {
 				instances[i] = openDB(t, u)
-				instances[i].steps = append(instances[i].steps,
-					"first\nINSERT INTO public.applied VALUES (1)",
-					"slow enough that others wait for it\nINSERT INTO public.applied VALUES (2);"+
-						"SELECT pg_sleep(0.1)")
+				instances[i].steps = schemaSteps(schema + more)
 				connect(t, instances[i], 1)
 			}
 			atOnce(t, len(instances), func(i int) (answer, error) {
 				return answer{}, instances[i].ensureSchema(t.Context())
 			})
 			wantStep(t, admin.pool, 2)
-			applied := sqlValue[string](t, admin.pool,
-				`SELECT string_agg(step::text, ' ' ORDER BY step) FROM public.applied`)
-			if applied != "1 2" {
+			if applied := sqlValue[string](t, admin.pool, `SELECT string_agg(step::text, ' ' ORDER BY step)
+				FROM public.applied`); applied != "1 2" {
 				t.Errorf("applied the steps %s, want each once", applied)
 			}
 			if n := sqlValue[int](t, admin.pool, `SELECT count(*) FROM pg_locks
@@ -238,10 +239,8 @@ func TestRequestsWaitForTheStart(t *testing.T) {
 			  AND clock_timestamp() - query_start > '1 s')`, r.name)
 	})
 	next.wantStarting()
-	select {
-	case a := <-created:
-		t.Errorf("create = %v before the step has ended", a)
-	default:
+	if len(created) != 0 {
+		t.Error("the create got a response before the step has ended")
 	}
 	sqlExec(t, admin.pool, `INSERT INTO public.gate DEFAULT VALUES`)
 	if a := <-created; a.status != 201 {
@@ -258,8 +257,8 @@ func TestFailedStep(t *testing.T) {
 	d := startDB(t, openDB(t, u))
 	sqlExec(t, d.pool, `INSERT INTO public.tasks (user_id, title) VALUES ('u', 'hunter2')`)
 	next := openDB(t, u)
-	next.steps = append(next.steps, "create a log\nCREATE TABLE public.log ()",
-		"read titles as numbers\nSELECT sum(title::integer) FROM public.tasks")
+	next.steps = append(next.steps, "count the tries\nCREATE SEQUENCE public.tries", // not rolled back
+		"read titles as numbers\nSELECT nextval('public.tries'), title::integer FROM public.tasks")
 	message := fmt.Sprint(next.ensureSchema(t.Context()))
 	if !strings.Contains(message, laterStep(2)+" (read titles as numbers)") ||
 		!strings.Contains(message, "22P02") || strings.Contains(message, "hunter2") {
@@ -267,8 +266,11 @@ func TestFailedStep(t *testing.T) {
 	}
 	wantStep(t, d.pool, 1)
 	sqlExec(t, d.pool, `UPDATE public.tasks SET title = '2'`)
-	startDB(t, next) // a second CREATE TABLE public.log would fail
+	startDB(t, next) // a second CREATE SEQUENCE would fail
 	wantStep(t, d.pool, 2)
+	if n := sqlValue[int](t, d.pool, `SELECT last_value FROM public.tries`); n != 2 {
+		t.Errorf("two starts tried the step %d times, want one each", n)
+	}
 }
 
 // A start that fails leaves the database as it was: if another relation has the name of our table,
@@ -452,8 +454,8 @@ func TestUnreachableDatabaseAtStart(t *testing.T) {
 	}
 }
 
-// Once the database is reached, nothing limits the start: a step waits 300 times for a lock and then
-// runs for an hour.
+// Once the database is reached, nothing limits the start: a step waits 300 times for a lock, and
+// then runs for an hour.
 func TestStepTakesAsLongAsItNeeds(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
