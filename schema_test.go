@@ -102,8 +102,8 @@ func TestCurrentSchemaIsLeftAlone(t *testing.T) {
 		trips := r.trips.Load()
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 		defer cancel()
-		if err := d.ensureSchema(ctx); err != nil {
-			t.Fatalf("%s: start = %v", sql, err)
+		if err := d.ensureSchema(ctx); err != nil || ctx.Err() != nil {
+			t.Fatalf("%s: start = %v, want none, without a wait for a lock", sql, err)
 		}
 		if n := r.trips.Load() - trips; n != 1 || r.dials.Load() != 1 {
 			t.Errorf("%s: %d round trips in %d sessions, want 1 in 1", sql, n, r.dials.Load())
