@@ -364,9 +364,9 @@ func TestErrorsOfTriggersEndNothing(t *testing.T) {
 	}
 }
 
-// fakeStart runs a start in the fake time of a synctest bubble. It returns the start's error, its
-// duration and its warnings.
-func fakeStart(t *testing.T, dial func() (net.Conn, error)) (error, time.Duration, []string) {
+// fakeStart runs a start in the fake time of a synctest bubble. It returns the start's duration,
+// warnings and error.
+func fakeStart(t *testing.T, dial func() (net.Conn, error)) (time.Duration, []string, error) {
 	t.Helper()
 	config, err := poolConfig("postgres://todo:hunter2@127.0.0.1/todo?sslmode=disable")
 	if err != nil {
@@ -383,7 +383,7 @@ func fakeStart(t *testing.T, dial func() (net.Conn, error)) (error, time.Duratio
 	defer d.pool.Close()
 	start := time.Now()
 	err = d.ensureSchema(t.Context())
-	return err, time.Since(start), log.messages(t, "WARNING")
+	return time.Since(start), log.messages(t, "WARNING"), err
 }
 
 // fakePostgres returns a connection to a server without tables. It rejects the connection with the
@@ -438,7 +438,7 @@ func TestUnreachableDatabaseAtStart(t *testing.T) {
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			attempts := 0
-			err, took, warnings := fakeStart(t, func() (net.Conn, error) {
+			took, warnings, err := fakeStart(t, func() (net.Conn, error) {
 				if attempts++; attempts == 1 {
 					return fakePostgres(wrong, nil), nil
 				}
@@ -460,7 +460,7 @@ func TestStepTakesAsLongAsItNeeds(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		tries := 0
-		err, took, warnings := fakeStart(t, func() (net.Conn, error) {
+		took, warnings, err := fakeStart(t, func() (net.Conn, error) {
 			return fakePostgres(nil, func() *pgproto3.ErrorResponse {
 				if tries++; tries <= 300 {
 					return &pgproto3.ErrorResponse{Code: "55P03", Message: "lock timeout"}
