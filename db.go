@@ -213,10 +213,12 @@ func isConnectError(err error) bool {
 	return ok
 }
 
-// backoff waits 50 to 100 ms and returns true, or returns false if ctx ended first. The jitter
-// keeps clients of the same database from trying again at the same time.
+const maxBackoff = 100 * time.Millisecond
+
+// backoff waits for half of maxBackoff to all of it and returns true, or returns false if ctx ended
+// first. The jitter keeps clients of the same database from trying again at the same time.
 func backoff(ctx context.Context) bool {
-	return sleep(ctx, 50*time.Millisecond+rand.N(50*time.Millisecond))
+	return sleep(ctx, maxBackoff/2+rand.N(maxBackoff/2))
 }
 
 // sleep waits for t and returns true, or returns false if ctx ended first.
@@ -460,15 +462,11 @@ func (d *database) ensureSchema(ctx context.Context) error {
 			d.log.Warn("waiting for a lock", "error", err.Error())
 			sleep(ctx, lockInterval)
 			deadline = time.Now().Add(startTimeout) // the database is reachable
-		case errors.Is(err, errForeignTable), code != "" && !transient(err):
+		case errors.Is(err, errForeignTable), code != "" && !transient(err),
+			time.Until(deadline) < maxBackoff:
 			return err
 		default: // the connection failed
-			left, cancel := context.WithDeadline(ctx, deadline)
-			again := backoff(left)
-			cancel()
-			if !again {
-				return err
-			}
+			backoff(ctx)
 		}
 	}
 }
