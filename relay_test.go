@@ -3,7 +3,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"crypto/rand"
 	"fmt"
 	"net"
 	"net/http"
@@ -151,11 +150,13 @@ func (r *relay) each(do func(*link)) {
 }
 
 // openOverRelay opens a database through a relay.
-func openOverRelay(t testing.TB, databaseURL string) (*database, *relay) {
+func openOverRelay(
+	t testing.TB, databaseURL string, changes ...func(*pgxpool.Config),
+) (*database, *relay) {
 	t.Helper()
 	listener := listenLocally(t)
 	r := &relay{name: newUser(), listener: listener, links: map[*link]bool{}}
-	d := openDB(t, databaseURL, func(config *pgxpool.Config) {
+	d := openDB(t, databaseURL, append(changes, func(config *pgxpool.Config) {
 		conn := config.ConnConfig
 		network, address := pgconn.NetworkAddress(conn.Host, conn.Port)
 		r.forward = func() (net.Conn, error) { return net.Dial(network, address) }
@@ -164,17 +165,20 @@ func openOverRelay(t testing.TB, databaseURL string) (*database, *relay) {
 			return dial(ctx, "tcp", listener.Addr().String())
 		}
 		conn.RuntimeParams["application_name"] = r.name
+	})...)
+	t.Cleanup(func() { // before the pool is closed, which waits for its connections
+		r.heal()
+		r.cut()
 	})
-	t.Cleanup(r.heal) // before the pool is closed, which waits for its connections
 	go r.serve()
 	return d, r
 }
 
 // startOverRelay opens the tests' database through a relay, with the schema.
-func startOverRelay(t testing.TB) (*database, *relay) {
+func startOverRelay(t testing.TB, changes ...func(*pgxpool.Config)) (*database, *relay) {
 	t.Helper()
 	testDB(t)
-	d, r := openOverRelay(t, os.Getenv("DATABASE_URL"))
+	d, r := openOverRelay(t, os.Getenv("DATABASE_URL"), changes...)
 	return startDB(t, d), r
 }
 
@@ -188,52 +192,28 @@ func takeTurns(t *testing.T) {
 	t.Cleanup(func() { <-fullPools })
 }
 
-// connect opens n connections.
+// connect opens n connections, which become idle.
 func connect(t testing.TB, d *database, n int) {
 	t.Helper()
+	occupy(t, d, n)()
+}
+
+// occupy takes n connections of the pool until release is called.
+func occupy(t testing.TB, d *database, n int) (release func()) {
+	t.Helper()
+	var conns []*pgxpool.Conn
 	for range n {
 		conn, err := d.acquire(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer conn.Release()
+		conns = append(conns, conn)
 	}
-}
-
-// runStatements runs each statement of a service once on each of n connections, as a service has
-// done that has run for a while: the statements are prepared.
-func runStatements(t testing.TB, d *database, service string, n int) {
-	t.Helper()
-	c := newClientOf(t, service, newUser())
-	prepared := map[*pgx.Conn]bool{}
-	for range n {
-		var held []*pgxpool.Conn // all but one that has prepared nothing
-		for range n {
-			conn, err := d.acquire(t.Context())
-			if err != nil {
-				t.Fatal(err)
-			}
-			held = append(held, conn)
-		}
-		i := slices.IndexFunc(held, func(c *pgxpool.Conn) bool { return !prepared[c.Conn()] })
-		prepared[held[i].Conn()] = true
-		held[i].Release()
-		c.do("POST", "", `{"title": "keyed"}`, "Idempotency-Key", rand.Text())
-		for _, match := range []string{"*", `"another"`} {
-			task := c.create("plain").path()
-			c.do("PATCH", task, `{}`, "If-Match", match)
-			c.do("DELETE", task, "", "If-Match", match)
-			c.do("GET", task, "")
-		}
-		c.do("GET", "?total=true", "")
-		c.do("GET", "?total=true&completed=true", "")
-		for j, conn := range held {
-			if j != i {
-				conn.Release()
-			}
+	return func() {
+		for _, conn := range conns {
+			conn.Release()
 		}
 	}
-	sqlExec(t, d.pool, `DELETE FROM public.tasks WHERE user_id = $1`, c.user)
 }
 
 // A ledger is what clients know about their tasks while they create, complete, reopen and delete
