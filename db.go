@@ -55,9 +55,11 @@ func newDatabase(config *pgxpool.Config, log *slog.Logger) (*database, error) {
 	config.BeforeConnect = d.connector.beforeConnect
 	config.AfterConnect = d.connector.afterConnect
 	// The pool closes a broken connection after a failed ping. Then the other idle connections are
-	// probably broken too, and each would cost a request another ping.
+	// probably broken too, and each would cost a request another ping. pgx would wait up to 15 s for
+	// a silent peer, and the connection would occupy its slot in the meantime.
 	config.BeforeClose = func(conn *pgx.Conn) {
 		if conn.IsClosed() {
+			conn.PgConn().Conn().Close()
 			d.pool.Reset()
 		}
 	}
