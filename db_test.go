@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -9,12 +10,11 @@ import (
 	mathrand "math/rand/v2"
 	"net"
 	"net/http"
-	"sync/atomic"
-
 	"net/url"
+	"os"
 	"slices"
 	"strings"
-
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -26,36 +26,26 @@ import (
 // Every parameter of pgx, pgxpool and PostgreSQL works, and ours are only defaults.
 func TestDatabaseURL(t *testing.T) {
 	t.Parallel()
-	for _, row := range []struct{ params, want string }{
-		{"", "15 cache statement todo-app any "},
-		{"?", "15 cache statement todo-app any "},
-		{"?sslmode=disable&", "15 cache statement todo-app any "},
-		{"?pool_max_conns=2&pool_max_conns=3", "3 cache statement todo-app any "},
-		{"?default_query_exec_mode=exec&application_name=x", "15 exec x any "},
-		{"?default_query_exec_mode=simple_protocol", "15 simple protocol todo-app any "},
-		{"?target_session_attrs=read-write&connect_timeout=3", "15 cache statement todo-app read-write "},
-		{"?options=-c%20jit%3Doff", "15 cache statement todo-app any -c jit=off"},
-		{"?options=-c%20timezone%3DEtc/GMT+3", "15 cache statement todo-app any -c timezone=Etc/GMT+3"},
+	for params, want := range map[string]string{
+		"":                                   "15 cache statement todo-app",
+		"?sslmode=disable&":                  "15 cache statement todo-app",
+		"?application_name=x":                "15 cache statement x",
+		"?pool_max_conns=2&pool_max_conns=3": "3 cache statement todo-app",
+		"?default_query_exec_mode=exec":      "15 exec todo-app",
+		"?options=-c%20jit%3Doff":            "15 cache statement todo-app -c jit=off",
+		"?options=-c%20timezone%3DEtc/GMT+3": "15 cache statement todo-app -c timezone=Etc/GMT+3",
 	} {
-		config, err := poolConfig(" postgres://u:p@localhost/d" + row.params + "\n")
+		config, err := poolConfig(" postgres://u:p%40s%2Fw%3F%25&=é@localhost/d" + params + "\n")
 		if err != nil {
-			t.Errorf("%s: %v", row.params, err)
+			t.Errorf("%s: %v", params, err)
 			continue
 		}
 		conn := config.ConnConfig
-		session := "any"
-		if conn.ValidateConnect != nil {
-			session = "read-write"
-		}
 		got := fmt.Sprint(config.MaxConns, " ", conn.DefaultQueryExecMode, " ",
-			conn.RuntimeParams["application_name"], " ", session, " ", conn.RuntimeParams["options"])
-		if got != row.want {
-			t.Errorf("%s: the configuration is %q, want %q", row.params, got, row.want)
+			conn.RuntimeParams["application_name"], " ", conn.RuntimeParams["options"])
+		if strings.TrimSpace(got) != want || conn.Password != "p@s/w?%&=é" {
+			t.Errorf("%s: the configuration is %q, password %q, want %q", params, got, conn.Password, want)
 		}
-	}
-	config, err := poolConfig("postgres://u:p%40s%2Fw%3F%25&=é@db.example.com/d")
-	if err != nil || config.ConnConfig.Password != "p@s/w?%&=é" {
-		t.Errorf("poolConfig = %v, %v, want the decoded password", config, err)
 	}
 }
 
@@ -132,34 +122,36 @@ func TestDatabaseURLRequiresTLS(t *testing.T) {
 func TestInvalidDatabaseURL(t *testing.T) {
 	t.Parallel()
 	_, malformed := poolConfig("malformed")
+	const other = "postgres://u:hunter2@db.example.com/d?"
 	for _, text := range []string{
 		"hunter2",
 		"mysql://u:hunter2@db.example.com/d",
 		`"postgres://u:hunter2@db.example.com/d"`,
 		"host=db.example.com password=hunter2",
-		"postgres://u:hunter2@db.example.com/d?sslmode=hunter",
+		other + "sslmode=hunter",
 		"postgres://u:hunter2%zz@db.example.com/d",
 		"postgres://u:hunter2@local host/d",
 		"postgres://u:hunter2@db.example.com:port/d",
 		"postgres://u:12/hunter2@db.example.com/d",
 		"postgres://u:12?hunter2@db.example.com/d",
 		"postgres://u:x@hunter2@db.example.com/d",
-		"postgres://u:hunter2@db.example.com/d?pool_max_conns=many",
-		"postgres://u:hunter2@db.example.com/d?sslrootcert=/no/such/file",
+		other + "pool_max_conns=many",
+		other + "sslrootcert=/no/such/file",
 		"postgres://u@db.example.com/d?password=hunter2%zz",
 	} {
 		if _, err := poolConfig(text); err == nil || err.Error() != malformed.Error() {
 			t.Errorf("poolConfig(%q) = %v, want %v", text, err, malformed)
 		}
 	}
-	for url, want := range map[string]string{
-		" \n": "DATABASE_URL is not set",
-		"postgres://u:hunter2@db.example.com/d?sslmode=disable":                          "sslmode",
-		"postgres://u:hunter2@db.example.com/d?default_query_exec_mode=describe_exec&x=": "describe_exec",
+	for text, want := range map[string]string{
+		" \n":                     "DATABASE_URL is not set",
+		other + "sslmode=disable": "sslmode",
+		other + "default_query_exec_mode=describe_exec": "describe_exec",
 	} {
-		if _, err := poolConfig(url); err == nil || !strings.Contains(err.Error(), want) ||
-			strings.Contains(err.Error(), "hunter2") {
-			t.Errorf("poolConfig(%q) = %v, want an error that contains %q alone", url, err, want)
+		_, err := poolConfig(text)
+		if shown := fmt.Sprint(err); err == nil || !strings.Contains(shown, want) ||
+			strings.Contains(shown, "hunter2") {
+			t.Errorf("poolConfig(%q) = %v, want an error that contains %q", text, err, want)
 		}
 	}
 
@@ -174,16 +166,13 @@ func TestInvalidDatabaseURL(t *testing.T) {
 		}
 		password += "hunt"
 		config, err := poolConfig("postgres://u:" + password + "@db.example.com/d?sslmode=require")
-		shown := ""
-		switch {
-		case err == nil:
+		shown := fmt.Sprint(err)
+		if err == nil {
 			conn := config.ConnConfig
 			shown = fmt.Sprint(conn.Host, conn.User, conn.Database, conn.RuntimeParams)
 			for _, h := range conn.Fallbacks {
 				shown += h.Host
 			}
-		case err.Error() != malformed.Error():
-			shown = err.Error()
 		}
 		if strings.Contains(shown, "hunt") {
 			t.Fatalf("seed %d: the password %q is shown in %q", seed, password, shown)
@@ -195,24 +184,15 @@ func TestInvalidDatabaseURL(t *testing.T) {
 func TestConnectionErrors(t *testing.T) {
 	t.Parallel()
 	testDB(t)
-	for name, row := range map[string]struct {
-		change func(*url.URL)
-		want   string // a part of the error of the start
-		direct bool   // a pooler behaves differently
-	}{
-		"host": {func(u *url.URL) { u.Host = "127.0.0.1:" + freePort(t) }, "127.0.0.1", false},
-		"database": {func(u *url.URL) { u.Path = "/nosuchdatabase" },
-			"nosuchdatabase", false},
-		"user": {func(u *url.URL) { u.User = url.UserPassword("nosuchuser", "hunter2") },
-			"nosuchuser", false},
-		"unknown parameter": {func(u *url.URL) { u.RawQuery += "&pgbouncer=true" }, "pgbouncer", true},
+	for want, change := range map[string]func(*url.URL){ // by a part of the message
+		"127.0.0.1":      func(u *url.URL) { u.Host = "127.0.0.1:" + freePort(t) },
+		"nosuchdatabase": func(u *url.URL) { u.Path = "/nosuchdatabase" },
+		"nosuchuser":     func(u *url.URL) { u.User = url.UserPassword("nosuchuser", "hunter2") },
+		"schema":         func(u *url.URL) { u.RawQuery = "schema=x&" + u.RawQuery }, // an unknown parameter
 	} {
-		t.Run(name, func(t *testing.T) {
+		t.Run(want, func(t *testing.T) {
 			t.Parallel()
-			if row.direct && pooled {
-				t.Skip("needs a direct connection")
-			}
-			databaseURL := changeURL(t, row.change)
+			databaseURL := changeURL(t, change)
 			u, _ := url.Parse(databaseURL)
 			password, _ := u.User.Password()
 			var log lockedBuffer
@@ -224,15 +204,14 @@ func TestConnectionErrors(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 			defer cancel()
 			err = d.ensureSchema(ctx)
-			if err == nil || !strings.Contains(err.Error(), row.want) {
-				t.Errorf("start = %v, want an error that contains %q", err, row.want)
+			if err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("start = %v, want an error that contains %q", err, want)
 			}
 			if warnings := log.messages(t, "WARNING"); len(warnings) != 1 {
 				t.Errorf("the WARNINGs are %q, want one", warnings)
 			}
-			text := fmt.Sprint(err, log.String())
-			if password != "" && strings.Contains(text, password) {
-				t.Errorf("%q contains the password", text)
+			if shown := fmt.Sprint(err, log.String()); strings.Contains(shown, cmp.Or(password, "hunter2")) {
+				t.Errorf("%q contains the password", shown)
 			}
 		})
 	}
@@ -262,7 +241,7 @@ func TestPoolSize(t *testing.T) {
 	t.Parallel()
 	takeTurns(t)
 	testDB(t)
-	u := changeURL(t, func(u *url.URL) {})
+	u := os.Getenv("DATABASE_URL")
 	for databaseURL, size := range map[string]int{u: 15, withParam(u, "pool_max_conns=2"): 2} {
 		d, r := openOverRelay(t, databaseURL)
 		startDB(t, d)
@@ -297,10 +276,9 @@ func TestWhetherAStatementWasSent(t *testing.T) {
 		fault func(d *database, r *relay)
 		want  error
 	}{
-		{"the schema is not in place", func(d *database, _ *relay) { d.ready = make(chan struct{}) },
-			errNotSent},
+		{"no schema", func(d *database, _ *relay) { d.ready = make(chan struct{}) }, errNotSent},
 		{"no connection", func(d *database, r *relay) { d.pool.Reset(); r.down.Store(true) }, errNotSent},
-		{"no connection after one broke", func(_ *database, r *relay) {
+		{"a broken connection, then none", func(_ *database, r *relay) {
 			r.dropResponses.Store(1)
 			r.down.Store(true)
 		}, errUnavailable},
@@ -308,13 +286,14 @@ func TestWhetherAStatementWasSent(t *testing.T) {
 	} {
 		d, r := startOverRelay(t, withoutPings)
 		row.fault(d, r)
-		if _, err := runWithin(d, time.Second, retry, `SELECT 1`); !errors.Is(err, row.want) {
+		_, err := runWithin(d, 500*time.Millisecond, retry, `SELECT 1`)
+		if !errors.Is(err, row.want) {
 			t.Errorf("%s: %v, want %v", row.name, err, row.want)
 		}
 	}
 }
 
-// withoutPings makes the next statement the one that a fault affects, also on a machine that pauses.
+// withoutPings makes the next statement the one that a fault affects, on a slow machine too.
 func withoutPings(config *pgxpool.Config) {
 	config.ShouldPing = func(context.Context, pgxpool.ShouldPingParams) bool { return false }
 }
@@ -354,12 +333,9 @@ func TestErrorsOfAStatement(t *testing.T) {
 		{code: "40001", times: always, policy: noRetry, sent: many, want: "unavailable"},
 		{code: "25006", times: 1, policy: noRetry, sent: 2},
 		{code: "25006", times: 2, policy: noRetry, sent: 2, want: "unavailable"},
-		{code: "0A000", times: 2, policy: noRetry, sent: 2, want: "fault"},
 		{code: "26000", times: 2, policy: noRetry, sent: 2, want: "fault"},
-		{code: "42P05", times: 2, policy: noRetry, sent: 2, want: "fault"},
 		// Nothing else is repeated. Neon's proxy reports its own failures as internal errors.
 		{code: "XX000", times: 1, policy: retry, sent: 1, want: "unavailable"},
-		{code: "40003", times: 1, policy: retry, sent: 1, want: "unavailable"},
 		{code: "55P03", times: 1, policy: retry, sent: 1, want: "unavailable"},
 		{code: "57014", times: 1, policy: retry, sent: 1, want: "unavailable"},
 		{code: "22012", times: 1, policy: retry, sent: 1, want: "fault"},
@@ -534,27 +510,25 @@ func TestNoChangeIsLost(t *testing.T) {
 }
 
 // All connections break at once, as when Neon suspends the compute, or a platform the machine. No
-// request fails, because the connections were idle or because a read noticed it first. If they are
-// silent, they do not cost a request a ping each, which would be its deadline.
+// request fails, because the connections were idle or because a read noticed it first. A ping of a
+// silent one takes a second; neither one request nor the pool spends its time on them.
 func TestBrokenConnectionsAreNoticed(t *testing.T) {
 	t.Parallel()
 	takeTurns(t)
-	const idle = 1100 * time.Millisecond // from a second on a connection is pinged
+	const idle = 1100 * time.Millisecond // from a second on, a connection is pinged
 	for _, row := range []struct {
-		name   string
-		conns  int
-		fault  func(*relay)
-		idle   time.Duration
-		first  []retryPolicy // of the statements before concurrent ones
-		others int           // changes at the same time
+		name  string
+		fault func(*relay)
+		idle  time.Duration
+		first []retryPolicy // of the statements before 15 concurrent changes
 	}{
-		{"cut, used at once", 6, (*relay).cut, 0, []retryPolicy{retry}, 6},
-		{"cut after idle time", 6, (*relay).cut, idle, nil, 6},
-		{"silent after idle time, used by one", 15, (*relay).silence, idle, []retryPolicy{noRetry}, 6},
-		{"silent after idle time, used by all", 6, (*relay).silence, idle, nil, 6},
+		{"cut, used at once", (*relay).cut, 0, []retryPolicy{retry}},
+		{"cut after idle time", (*relay).cut, idle, nil},
+		{"silent after idle time, used by one", (*relay).silence, idle, []retryPolicy{noRetry}},
+		{"silent after idle time, used by all", (*relay).silence, idle, nil},
 	} {
 		d, r := startOverRelay(t)
-		connect(t, d, row.conns)
+		connect(t, d, 15)
 		start := time.Now()
 		row.fault(r)
 		eventually(t, "idle time", func() bool { return time.Since(start) > row.idle })
@@ -566,7 +540,8 @@ func TestBrokenConnectionsAreNoticed(t *testing.T) {
 		for _, policy := range row.first {
 			use(policy)
 		}
-		<-inParallel(row.others, func() { use(noRetry) })
+		<-inParallel(15, func() { use(noRetry) })
+		d.pool.Close() // the server has room for a few full pools
 	}
 }
 
@@ -594,8 +569,8 @@ func TestOutage(t *testing.T) {
 	others := inParallel(20, wait)
 	start, dials := time.Now(), r.dials.Load()
 	eventually(t, "five attempts to connect", func() bool { return r.dials.Load() >= dials+5 })
-	if took := time.Since(start); took < 4*connectInterval {
-		t.Errorf("five attempts to connect in %v, want one a second", took)
+	if took := time.Since(start); took < 3*connectInterval {
+		t.Errorf("five attempts to connect took %v, want one a second", took)
 	}
 	<-first
 	<-others
@@ -647,7 +622,7 @@ func TestRejectedConnectionHarmsNobody(t *testing.T) {
 func TestTimedOutStatement(t *testing.T) {
 	t.Parallel()
 	testDB(t)
-	d, r := openOverRelay(t, changeURL(t, func(u *url.URL) { u.RawQuery += "&pool_max_conns=2" }))
+	d, r := openOverRelay(t, withParam(os.Getenv("DATABASE_URL"), "pool_max_conns=2"))
 	c := startService(t, startDB(t, d), settings{}).newClient()
 	task := c.create("Milk")
 	connect(t, d, 2)
@@ -678,7 +653,7 @@ func TestTimedOutStatement(t *testing.T) {
 	}
 }
 
-// An operator can set a statement_timeout for the role. Then a statement that takes longer is a 503.
+// A statement that exceeds the statement_timeout of an operator is a 503.
 func TestStatementTimeoutOfTheRole(t *testing.T) {
 	t.Parallel()
 	u := createDatabase(t)
@@ -858,8 +833,8 @@ func TestExecMode(t *testing.T) {
 	}
 }
 
-// After a failover the sessions of the pool are read-only, and new ones are not. Until then the pool
-// is reset once a second at most.
+// After a failover the pool's sessions are read-only, and new ones are not. The pool is reset once
+// a second at most.
 func TestReadOnlySessions(t *testing.T) {
 	t.Parallel()
 	u := createDatabase(t)

@@ -61,9 +61,6 @@ func (r *relay) serve() {
 		go func() {
 			defer client.Close()
 			r.dials.Add(1)
-			if r.down.Load() {
-				return
-			}
 			server, err := r.forward()
 			if err != nil {
 				return
@@ -86,8 +83,7 @@ func (r *relay) serve() {
 func (r *relay) add(l *link) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	room := r.room.Load()
-	if r.down.Load() || room > 0 && int64(len(r.links)) >= room {
+	if room := r.room.Load(); r.down.Load() || room > 0 && int64(len(r.links)) >= room {
 		return false
 	}
 	r.links[l] = true
@@ -166,10 +162,7 @@ func openOverRelay(
 		}
 		conn.RuntimeParams["application_name"] = r.name
 	})...)
-	t.Cleanup(func() { // before the pool is closed, which waits for its connections
-		r.heal()
-		r.cut()
-	})
+	t.Cleanup(r.heal) // before the pool is closed, which waits for its connections
 	go r.serve()
 	return d, r
 }
@@ -186,7 +179,7 @@ func startOverRelay(t testing.TB, changes ...func(*pgxpool.Config)) (*database, 
 // smallest compute accepts 97.
 var fullPools = make(chan struct{}, 2)
 
-// takeTurns waits until few enough of those tests run.
+// takeTurns waits until few enough of these tests run.
 func takeTurns(t *testing.T) {
 	fullPools <- struct{}{}
 	t.Cleanup(func() { <-fullPools })
@@ -201,9 +194,11 @@ func connect(t testing.TB, d *database, n int) {
 // occupy takes n connections of the pool until release is called.
 func occupy(t testing.TB, d *database, n int) (release func()) {
 	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), requestTimeout)
+	defer cancel()
 	var conns []*pgxpool.Conn
 	for range n {
-		conn, err := d.acquire(t.Context())
+		conn, err := d.acquire(ctx)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -219,13 +214,12 @@ func occupy(t testing.TB, d *database, n int) (release func()) {
 // A ledger is what clients know about their tasks while they create, complete, reopen and delete
 // them. check compares it with the database.
 type ledger struct {
-	t     *testing.T
-	users [8]*client
-	via   string       // the application_name of the service's sessions
-	db    *database    // that contains the tasks
-	reads bool         // lists must always succeed
-	made  atomic.Int64 // changes that were acknowledged
-
+	t       *testing.T
+	users   [8]*client
+	via     string       // the application_name of the service's sessions
+	db      *database    // that contains the tasks
+	reads   bool         // lists must always succeed
+	made    atomic.Int64 // changes that were acknowledged
 	clients sync.WaitGroup
 	stop    atomic.Bool
 
@@ -310,11 +304,7 @@ func (l *ledger) change(
 ) (answer, int) {
 	l.set(title, before, after)
 	for try := 1; ; try++ {
-		start := time.Now()
 		a, err := c.try(method, path, body, header...)
-		if took := time.Since(start); took > 20*time.Second {
-			l.t.Errorf("%s %s took %v", method, path, took)
-		}
 		switch {
 		// 412: an earlier try did it
 		case err == nil && (a.status/100 == 2 || a.status == 412 && try > 1):
@@ -400,10 +390,8 @@ func (m *tracker) RoundTrip(r *http.Request) (*http.Response, error) {
 	start := time.Now()
 	res, err := m.RoundTripper.RoundTrip(r)
 	took := int64(time.Since(start))
-	for longest := m.longest.Load(); took > longest; longest = m.longest.Load() {
-		if m.longest.CompareAndSwap(longest, took) {
-			break
-		}
+	for old := m.longest.Load(); took > old && !m.longest.CompareAndSwap(old, took); {
+		old = m.longest.Load()
 	}
 	if err == nil && res.StatusCode == http.StatusServiceUnavailable {
 		m.unavailable.Add(1)
