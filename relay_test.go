@@ -175,11 +175,10 @@ func startOverRelay(t testing.TB, changes ...func(*pgxpool.Config)) (*database, 
 	return startDB(t, d), r
 }
 
-// fullPools has room for the tests that open as many connections as an instance may: Neon's
-// smallest compute accepts 97.
 var fullPools = make(chan struct{}, 2)
 
-// takeTurns waits until few enough of these tests run.
+// takeTurns waits until at most one other test opens as many connections as an instance may:
+// Neon's smallest compute accepts 97.
 func takeTurns(t *testing.T) {
 	fullPools <- struct{}{}
 	t.Cleanup(func() { <-fullPools })
@@ -191,12 +190,18 @@ func connect(t testing.TB, d *database, n int) {
 	occupy(t, d, n)()
 }
 
-// occupy takes n connections of the pool until release is called.
+// occupy takes n connections of the pool until release is called or the test ends.
 func occupy(t testing.TB, d *database, n int) (release func()) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), requestTimeout)
 	defer cancel()
 	var conns []*pgxpool.Conn
+	release = func() {
+		for _, conn := range conns {
+			conn.Release()
+		}
+	}
+	t.Cleanup(release)
 	for range n {
 		conn, err := d.acquire(ctx)
 		if err != nil {
@@ -204,11 +209,7 @@ func occupy(t testing.TB, d *database, n int) (release func()) {
 		}
 		conns = append(conns, conn)
 	}
-	return func() {
-		for _, conn := range conns {
-			conn.Release()
-		}
-	}
+	return release
 }
 
 // A ledger is what clients know about their tasks while they create, complete, reopen and delete
