@@ -629,7 +629,7 @@ func TestTimedOutStatement(t *testing.T) {
 	tx := lockTasks(t, c.user)
 	release, dials := occupy(t, d, 1), r.dials.Load()
 	timedOut := inParallel(1, func() {
-		_, err := runWithin(d, time.Second, retry, // even if it could be repeated
+		_, err := runWithin(d, 2*time.Second, retry, // even if it could be repeated
 			`UPDATE public.tasks SET title = 'x' WHERE user_id = $1 RETURNING 1`, c.user)
 		if !errors.Is(err, errUnavailable) {
 			t.Errorf("a blocked statement = %v, want %v", err, errUnavailable)
@@ -657,7 +657,7 @@ func TestTimedOutStatement(t *testing.T) {
 func TestStatementTimeoutOfTheRole(t *testing.T) {
 	t.Parallel()
 	u := createDatabase(t)
-	alterDatabase(t, u, `SET statement_timeout = '200ms'`)
+	alterDatabase(t, u, `SET statement_timeout = '1s'`)
 	d := startDB(t, openDB(t, u))
 	c := startService(t, d, settings{}).newClient()
 	task := c.create("Milk").path()
