@@ -180,7 +180,8 @@ func TestInvalidDatabaseURL(t *testing.T) {
 	}
 }
 
-// What a message about a failed connection names: never the password.
+// A message about a failed connection names the cause, which may be a parameter that nobody knows,
+// and never the password.
 func TestConnectionErrors(t *testing.T) {
 	t.Parallel()
 	testDB(t)
@@ -188,7 +189,7 @@ func TestConnectionErrors(t *testing.T) {
 		"127.0.0.1":      func(u *url.URL) { u.Host = "127.0.0.1:" + freePort(t) },
 		"nosuchdatabase": func(u *url.URL) { u.Path = "/nosuchdatabase" },
 		"nosuchuser":     func(u *url.URL) { u.User = url.UserPassword("nosuchuser", "hunter2") },
-		"schema":         func(u *url.URL) { u.RawQuery = "schema=x&" + u.RawQuery }, // an unknown parameter
+		"pool_timeout":   func(u *url.URL) { u.RawQuery = "pool_timeout=9&" + u.RawQuery },
 	} {
 		t.Run(want, func(t *testing.T) {
 			t.Parallel()
@@ -372,7 +373,6 @@ func TestErrorsOfAStatement(t *testing.T) {
 func TestDroppedRequestsAndResponses(t *testing.T) {
 	t.Parallel()
 	const key, ifMatch = "Idempotency-Key", "If-Match"
-	before, after := "before", "after"
 	for _, row := range []struct {
 		name, method, path, body string
 		header                   string // with which the request may be repeated
@@ -380,19 +380,19 @@ func TestDroppedRequestsAndResponses(t *testing.T) {
 		dropped, made            string // the tasks if the request was dropped, or the response
 		again, againMade         int    // the status of the repetition in these cases
 	}{
-		{name: "list", method: "GET", status: 200, dropped: before, made: before},
-		{name: "get", method: "GET", path: "ID", status: 200, dropped: before, made: before},
+		{name: "list", method: "GET", status: 200, dropped: "before", made: "before"},
+		{name: "get", method: "GET", path: "ID", status: 200, dropped: "before", made: "before"},
 		{name: "create", method: "POST", body: `{"title": "new"}`,
-			status: 503, dropped: before, made: "new before"},
+			status: 503, dropped: "before", made: "new before"},
 		{name: "create with a key", method: "POST", body: `{"title": "new"}`, header: key,
 			status: 201, dropped: "new before", made: "new before", again: 201, againMade: 201},
 		{name: "toggle", method: "PATCH", path: "ID/complete",
-			status: 503, dropped: before, made: "before done"},
+			status: 503, dropped: "before", made: "before done"},
 		{name: "patch", method: "PATCH", path: "ID", body: `{"title": "after"}`,
-			status: 503, dropped: before, made: after},
+			status: 503, dropped: "before", made: "after"},
 		{name: "patch of a version", method: "PATCH", path: "ID", body: `{"title": "after"}`,
-			header: ifMatch, status: 503, dropped: before, made: after, again: 200, againMade: 412},
-		{name: "delete", method: "DELETE", path: "ID", status: 503, dropped: before, made: ""},
+			header: ifMatch, status: 503, dropped: "before", made: "after", again: 200, againMade: 412},
+		{name: "delete", method: "DELETE", path: "ID", status: 503, dropped: "before", made: ""},
 	} {
 		for _, drop := range []string{"request", "response"} {
 			t.Run(row.name+" "+drop, func(t *testing.T) {
@@ -514,34 +514,36 @@ func TestNoChangeIsLost(t *testing.T) {
 // silent one takes a second; neither one request nor the pool spends its time on them.
 func TestBrokenConnectionsAreNoticed(t *testing.T) {
 	t.Parallel()
-	takeTurns(t)
 	const idle = 1100 * time.Millisecond // from a second on, a connection is pinged
 	for _, row := range []struct {
 		name  string
+		conns int32 // the size of the pool, all of it broken
 		fault func(*relay)
 		idle  time.Duration
-		first []retryPolicy // of the statements before 15 concurrent changes
+		first []retryPolicy // of the statements before concurrent changes on each connection
 	}{
-		{"cut, used at once", (*relay).cut, 0, []retryPolicy{retry}},
-		{"cut after idle time", (*relay).cut, idle, nil},
-		{"silent after idle time, used by one", (*relay).silence, idle, []retryPolicy{noRetry}},
-		{"silent after idle time, used by all", (*relay).silence, idle, nil},
+		{"cut, used at once", 6, (*relay).cut, 0, []retryPolicy{retry}},
+		{"cut after idle time", 6, (*relay).cut, idle, nil},
+		{"silent, used by one", 15, (*relay).silence, idle, []retryPolicy{noRetry}},
+		{"silent, used by all", 6, (*relay).silence, idle, nil},
 	} {
-		d, r := startOverRelay(t)
-		connect(t, d, 15)
-		start := time.Now()
-		row.fault(r)
-		eventually(t, "idle time", func() bool { return time.Since(start) > row.idle })
-		use := func(policy retryPolicy) {
-			if _, err := runWithin(d, requestTimeout, policy, `SELECT 1`); err != nil {
-				t.Errorf("%s, retry %t: %v, want success", row.name, policy, err)
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			d, r := startOverRelay(t, func(config *pgxpool.Config) { config.MaxConns = row.conns })
+			connect(t, d, int(row.conns))
+			start := time.Now()
+			row.fault(r)
+			eventually(t, "idle time", func() bool { return time.Since(start) > row.idle })
+			use := func(policy retryPolicy) {
+				if _, err := runWithin(d, requestTimeout, policy, `SELECT 1`); err != nil {
+					t.Errorf("retry %t: %v, want success", policy, err)
+				}
 			}
-		}
-		for _, policy := range row.first {
-			use(policy)
-		}
-		<-inParallel(15, func() { use(noRetry) })
-		d.pool.Close() // the server has room for a few full pools
+			for _, policy := range row.first {
+				use(policy)
+			}
+			<-inParallel(int(row.conns), func() { use(noRetry) })
+		})
 	}
 }
 
@@ -560,8 +562,8 @@ func TestOutage(t *testing.T) {
 		if err != nil || a.status != 503 || a.detail() != errNotSent.detail {
 			t.Errorf("create = %v %v, want 503: %s", a, err, errNotSent.detail)
 		}
-		if took < requestTimeout || took > 20*time.Second {
-			t.Errorf("create took %v, want %v", took, requestTimeout)
+		if took < 15*time.Second || took > 20*time.Second {
+			t.Errorf("create took %v, want 15 s", took)
 		}
 	}
 	first := inParallel(1, wait)
@@ -569,7 +571,7 @@ func TestOutage(t *testing.T) {
 	others := inParallel(20, wait)
 	start, dials := time.Now(), r.dials.Load()
 	eventually(t, "five attempts to connect", func() bool { return r.dials.Load() >= dials+5 })
-	if took := time.Since(start); took < 3*connectInterval {
+	if took := time.Since(start); took < 3*time.Second {
 		t.Errorf("five attempts to connect took %v, want one a second", took)
 	}
 	<-first
@@ -609,8 +611,8 @@ func TestRejectedConnectionHarmsNobody(t *testing.T) {
 	eventually(t, "rejected connection", d.connector.failing)
 	start := time.Now()
 	a := busy.do("GET", "", "")
-	if took := time.Since(start); a.status != 429 || took < slotTimeout || took > requestTimeout {
-		t.Errorf("the user's sixth request = %v after %v, want 429 after %v", a, took, slotTimeout)
+	if took := time.Since(start); a.status != 429 || took < 5*time.Second || took > 15*time.Second {
+		t.Errorf("the user's sixth request = %v after %v, want 429 after 5 s", a, took)
 	}
 	tx.Rollback(t.Context())
 	<-changed
@@ -668,8 +670,8 @@ func TestStatementTimeoutOfTheRole(t *testing.T) {
 	}
 }
 
-// A function of somebody's trigger uses a table, a column or a schema that does not exist. That is
-// a 500. Only if our own statement does, the process ends.
+// A table, a column or a schema that a trigger's function uses does not exist. That is a 500. The
+// process ends only if our own statement uses it.
 func TestErrorInATrigger(t *testing.T) {
 	t.Parallel()
 	u := createDatabase(t)
@@ -743,14 +745,8 @@ func TestPreparedStatementFails(t *testing.T) {
 			c.create("before")
 			fault(t, d)
 			c.create("after")
-			failures := 0
-			for _, line := range log.lines(t) {
-				if line["sqlstate"] == code {
-					failures++
-				}
-			}
-			if failures != 1 {
-				t.Errorf("%d statements failed with %s, want one", failures, code)
+			if n := strings.Count(log.String(), `"sqlstate":"`+code); n != 1 {
+				t.Errorf("%d statements failed with %s, want one", n, code)
 			}
 			c.wantTasks("after before")
 		})
@@ -769,11 +765,11 @@ func TestColumnTypeChangesUnderLoad(t *testing.T) {
 	}
 	l.reads = true
 	l.run()
-	for i := range 5 {
+	for i := range 4 {
 		sqlExec(t, l.db.pool, fmt.Sprintf(
 			`ALTER TABLE public.tasks ALTER COLUMN description TYPE varchar(%d)`, 2000+i))
 		before := l.made.Load()
-		eventually(t, "changes", func() bool { return l.made.Load() >= before+200 })
+		eventually(t, "changes", func() bool { return l.made.Load() >= before+100 })
 	}
 	l.end()
 	l.check()
@@ -819,8 +815,7 @@ func TestSearchPath(t *testing.T) {
 	alterDatabase(t, u, `SET search_path = other`)
 	d := openDB(t, u)
 	sqlExec(t, d.pool, `CREATE SCHEMA other; CREATE TABLE other.tasks ()`)
-	startDB(t, d)
-	useEveryRoute(t, d)
+	useEveryRoute(t, startDB(t, d))
 }
 
 // With default_query_exec_mode=exec no statement is prepared, for poolers without support.

@@ -35,9 +35,8 @@ type relay struct {
 	dropResponses atomic.Int64 // responses that never reach the service; the server did the work
 	forward       func() (net.Conn, error)
 	listener      net.Listener
-
-	mu    sync.Mutex
-	links map[*link]bool
+	mu            sync.Mutex
+	links         map[*link]bool
 }
 
 // A link is one connection through a relay.
