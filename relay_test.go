@@ -192,7 +192,7 @@ func connect(t testing.TB, d *database, n int) {
 // occupy takes n connections of the pool until release is called or the test ends.
 func occupy(t testing.TB, d *database, n int) (release func()) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), requestTimeout)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	var conns []*pgxpool.Conn
 	release = func() {
