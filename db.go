@@ -330,13 +330,19 @@ func tryQuery[T any](
 	defer cancel()
 	defer context.AfterFunc(d.work, cancel)()
 	defer func() {
-		// pgx goes on closing a broken connection for up to 15 s. Hijack frees its slot in the pool at
-		// once. At a shutdown the pool waits instead, because closing also sends the cancel request.
-		if conn.Conn().IsClosed() && d.work.Err() == nil {
-			conn.Hijack()
-		} else {
+		c := conn.Conn().PgConn()
+		if !c.IsClosed() {
 			conn.Release()
+			return
 		}
+		// pgx sends a cancel request and then waits up to 15 s for a silent peer. The slot is free as
+		// soon as the request was sent, so that the server never has more sessions than the pool has
+		// slots. Hijack instead of Release, because BeforeClose is for failed pings.
+		c.Conn().Close()
+		go func() {
+			<-c.CleanupDone()
+			conn.Hijack()
+		}()
 	}()
 	start := time.Now()
 	found, err := conn.Query(run, sql, args...)
