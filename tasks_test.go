@@ -1,7 +1,9 @@
 package main
 
 import (
+	"cmp"
 	"context"
+	"crypto/rand"
 	"crypto/sha256"
 	"encoding/json"
 	"fmt"
@@ -60,14 +62,12 @@ func TestStory(t *testing.T) {
 	}{
 		{"PUT", "", `{"title": "Milk"}`, func(w *wireTask) { w.Title = "Milk" }},
 		{"PATCH", "", `{"description": null}`, func(w *wireTask) { w.Description = nil }},
-		{"PATCH", "", `{}`, func(*wireTask) {}},
 		{"PUT", "", `{"id": 1, "user_id": "u", "created_at": "now", "updated_at": 7, "Title": "no"}`,
 			func(*wireTask) {}},
 		{"PATCH", "/complete", ``, func(w *wireTask) { w.Completed = true }},
 		{"PATCH", "/complete", `{}`, func(w *wireTask) { w.Completed = false }},
-		{"PATCH", "/complete", `{"completed": true, "title": 7}`,
-			func(w *wireTask) { w.Completed = true }},
-		{"PATCH", "/complete", `{"completed": true}`, func(*wireTask) {}},
+		{"PATCH", "/complete", `{"completed": true}`, func(w *wireTask) { w.Completed = true }},
+		{"PATCH", "/complete", `{"completed": true, "title": 7}`, func(*wireTask) {}},
 		{"PUT", "", `{"description": ""}`, func(w *wireTask) { w.Description = new("") }},
 		{"PATCH", "", `{"title": "Oat milk"}`, func(w *wireTask) { w.Title = "Oat milk" }},
 		{"PUT", "", `{"completed": false}`, func(w *wireTask) { w.Completed = false }},
@@ -96,10 +96,8 @@ func TestStory(t *testing.T) {
 	if a := c.do("DELETE", eggs.path(), ""); a.status != 204 || a.body != "" {
 		t.Errorf("delete = %v, want 204 without a body", a)
 	}
-	for _, method := range []string{"GET", "DELETE"} {
-		if a := c.do(method, eggs.path(), ""); a.status != 404 {
-			t.Errorf("%s of a deleted task = %v, want 404", method, a)
-		}
+	if a := c.do("GET", eggs.path(), ""); a.status != 404 {
+		t.Errorf("get of a deleted task = %v, want 404", a)
 	}
 	if next := c.create("Bread"); next.ID <= eggs.ID {
 		t.Errorf("the id after %d, which was deleted, is %d, want a larger one", eggs.ID, next.ID)
@@ -118,9 +116,8 @@ var settableFields = []struct {
 		name: "title",
 		accepted: []string{`"x"`, `"\u200b"`, `"\ufeff"`, `"\u00a0x\u3000"`,
 			`"` + strings.Repeat("🌍", 200) + `"`},
-		rejected: slices.Concat(blankTitles(), []string{`""`, `"a\u0000b"`,
-			`"` + strings.Repeat("x", 201) + `"`, `"` + strings.Repeat("🌍", 201) + `"`,
-			`1`, `true`, `null`, `[]`, `{}`, `["x"]`}),
+		rejected: []string{`""`, `" "`, blank, `"a\u0000b"`, `"` + strings.Repeat("x", 201) + `"`,
+			`"` + strings.Repeat("🌍", 201) + `"`, `1`, `true`, `null`, `[]`, `{}`, `["x"]`},
 		detail: `^title must (not be blank|not contain U\+0000|not exceed 200 characters|be a string)$`,
 	},
 	{
@@ -140,14 +137,9 @@ var settableFields = []struct {
 	},
 }
 
-// blankTitles returns titles of a space and each white space character of Unicode.
-func blankTitles() (titles []string) {
-	for _, space := range "\t\n\v\f\r \u0085\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005" +
-		"\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000" {
-		titles = append(titles, fmt.Sprintf(`" \u%04x"`, space))
-	}
-	return titles
-}
+// blank is a title of all white space characters of Unicode.
+const blank = `"\t\n\u000b\f\r \u0085\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007` +
+	`\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"`
 
 // A create, a PUT and a PATCH store each field, and keep it if it is absent. An invalid value is a
 // 422 that names the field and its rule, and changes nothing.
@@ -216,7 +208,8 @@ func TestFields(t *testing.T) {
 func TestTextComesBackAsSent(t *testing.T) {
 	t.Parallel()
 	c := newClient(t)
-	texts := []string{"  around \t\r\n", "👩‍👩‍👧‍👦 🏳️‍🌈 🇺🇳", "e\u0301 \u00e9 \u212b \u00c5 ﬁ ＡＢ İıſK",
+	texts := []string{"  around \t\r\n", "👩‍👩‍👧‍👦 🏳️‍🌈 🇺🇳",
+		"e\u0301 \u00e9 \u212b \u00c5 ﬁ ＡＢ İıſK",
 		"שלום \u202eabc\u202c \u0627\u0644\u0639", "\ufffd", "a\u2028b\u2029c",
 		`"quoted" 'and' \back\ /slash/ \n \u0041 \ud800`, "<script>alert(1)</script> &amp; &",
 		"\u200b\u200d\ufeff", "\u0001\u0008\u001f\u007f\u0080\u009f", "\ufffe\uffff \U0010ffff \ue000",
@@ -254,46 +247,33 @@ var sixDigits = regexp.MustCompile(`^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z$`)
 func TestTimes(t *testing.T) {
 	t.Parallel()
 	c := startProcess(t, "TZ=Asia/Kolkata").newClient()
-	times := func(body string) (created, updated string) {
-		t.Helper()
-		task := decode[map[string]any](t, body)
-		return task["created_at"].(string), task["updated_at"].(string)
+	task := c.create("Chai")
+	if time.Since(task.CreatedAt).Abs() > time.Hour || !task.UpdatedAt.Equal(task.CreatedAt) {
+		t.Errorf("created %v, want now", task)
 	}
-	a := c.do("POST", "", `{"title": "Chai"}`)
-	path := decode[wireTask](t, a.body).path()
-	created, updated := times(a.body)
-	if at, err := time.Parse(time.RFC3339, created); err != nil || time.Since(at).Abs() > time.Hour {
-		t.Errorf("created_at = %s (%v), want now", created, err)
-	}
-	if updated != created || a.header.Get("ETag") != `"`+updated+`"` {
-		t.Errorf("create = %v, ETag %s, want one time", a, a.header.Get("ETag"))
-	}
-
-	// Later the clock is set back by an hour: the last change was at a full second, an hour from now.
-	sqlExec(t, sharedDB.pool, `
-		UPDATE public.tasks
-		SET updated_at = date_trunc('second', now()) + interval '1 hour'
-		WHERE user_id = $1`, c.user)
-	_, updated = times(c.do("GET", path, "").body)
-	if !sixDigits.MatchString(created) || !strings.HasSuffix(updated, ".000000Z") {
-		t.Errorf("created_at = %s, updated_at = %s, want six digits and Z", created, updated)
-	}
+	// The clock is set back by an hour after the last change, which was at a full second.
+	future := task.CreatedAt.UTC().Truncate(time.Second).Add(time.Hour)
+	sqlExec(t, sharedDB.pool, `UPDATE public.tasks SET updated_at = $1 WHERE user_id = $2`,
+		future, c.user)
+	last := future.Format("2006-01-02T15:04:05.000000Z")
 	for _, change := range []struct{ method, path, body string }{
-		{"PUT", path, `{}`}, {"PATCH", path, `{"title": "Tea"}`},
-		{"PATCH", path + "/complete", `{"completed": true}`},
-		{"PATCH", path + "/complete", `{"completed": true}`},
+		{"GET", "", ""}, {"PUT", "", `{}`}, {"PATCH", "", `{"title": "Tea"}`},
+		{"PATCH", "/complete", `{"completed": true}`}, {"PATCH", "/complete", `{"completed": true}`},
 	} {
-		a := c.do(change.method, change.path, change.body)
-		first, next := times(a.body)
-		if first != created || next <= updated || !sixDigits.MatchString(next) {
-			t.Errorf("%s after %s, %s = %v, want a later updated_at alone",
-				change.method, created, updated, a)
+		a := c.do(change.method, task.path()+change.path, change.body)
+		got := decode[map[string]any](t, a.body)
+		updated := got["updated_at"].(string)
+		later := change.method != "GET"
+		if (updated > last) != later || !sixDigits.MatchString(updated) ||
+			!sixDigits.MatchString(got["created_at"].(string)) {
+			t.Errorf("%s%s after %s = %v, want a later time with six digits and Z",
+				change.method, change.path, last, a)
 		}
-		if list := c.do("GET", "", ""); a.header.Get("ETag") != `"`+next+`"` ||
-			!strings.Contains(list.body, `"`+next+`"`) {
-			t.Errorf("ETag = %s, list %v, want both with %s", a.header.Get("ETag"), list, next)
+		listed := decode[[]map[string]any](t, c.do("GET", "", "").body)
+		if a.header.Get("ETag") != `"`+updated+`"` || !reflect.DeepEqual(listed[0], got) {
+			t.Errorf("ETag = %s, list = %v, want updated_at: %v", a.header.Get("ETag"), listed, a)
 		}
-		updated = next
+		last = updated
 	}
 }
 
@@ -302,11 +282,8 @@ func TestTaskIDs(t *testing.T) {
 	t.Parallel()
 	c := newClient(t)
 	task := c.create("the only one")
-	for _, spelling := range []string{"/0%d", "/00000000000000000000000%d"} {
-		a := c.do("GET", fmt.Sprintf(spelling, task.ID), "")
-		if a.status != 200 || decode[wireTask](t, a.body).ID != task.ID {
-			t.Errorf("GET "+spelling+" = %v, want the task", task.ID, a)
-		}
+	if a := c.do("GET", fmt.Sprintf("/%040d", task.ID), ""); a.status != 200 {
+		t.Errorf("GET of the id with leading zeros = %v, want 200", a)
 	}
 	arabic := func(r rune) rune { return r - '0' + '٠' }
 	bad := []string{"0", "00", "9223372036854775807", "9223372036854775808", "18446744073709551617",
@@ -316,14 +293,14 @@ func TestTaskIDs(t *testing.T) {
 		"%d%%20", "%%20%d", "0x%d", "%d,", "%d_0", "%d%%2F", "%d%%0A", "%%D9%%A1%d"} {
 		bad = append(bad, fmt.Sprintf(spelling, task.ID))
 	}
-	for _, request := range []struct{ method, path, body string }{
-		{"GET", "", ""}, {"PUT", "", `{"title": "x"}`}, {"PATCH", "", `{"title": "x"}`},
-		{"PATCH", "/complete", ""}, {"DELETE", "", ""},
-	} {
-		for _, id := range bad {
-			a := c.do(request.method, "/"+id+request.path, request.body)
+	for _, id := range bad {
+		for _, r := range []struct{ method, path, body string }{
+			{"GET", "", ""}, {"PUT", "", `{"title": "x"}`}, {"PATCH", "", `{"title": "x"}`},
+			{"PATCH", "/complete", ""}, {"DELETE", "", ""},
+		} {
+			a := c.do(r.method, "/"+id+r.path, r.body)
 			if a.status != 404 || !strings.Contains(a.detail(), "this id does not exist") {
-				t.Errorf("%s /%s%s = %v, want 404", request.method, id, request.path, a)
+				t.Errorf("%s /%s%s = %v, want 404", r.method, id, r.path, a)
 			}
 		}
 	}
@@ -338,57 +315,48 @@ func TestUserIDs(t *testing.T) {
 	testDB(t)
 	suffix := newUser()
 	for _, row := range []struct {
-		user              string // without the suffix
-		allowed, rejected []string
+		user              string   // without the suffix
+		allowed, rejected []string // spellings, next to that of url.PathEscape
 	}{
-		{"0123456789abcdefABCDEF0123456789", []string{"0123456789abcdefABCDEF0123456789"},
-			[]string{"0123456789ABCDEFABCDEF0123456789"}},
-		{"0b5c0f6e-3f53-4a4b-9a5c-0d2f3f6b8e11", []string{"0b5c0f6e-3f53-4a4b-9a5c-0d2f3f6b8e11"},
-			[]string{"0B5C0F6E-3F53-4A4B-9A5C-0D2F3F6B8E11", "0b5c0f6e3f534a4b9a5c0d2f3f6b8e11"}},
-		{"1", []string{"1", "%31"}, []string{"01", "+1", "%221%22"}},
-		{"ä@example.com", []string{"%C3%A4@example.com", "%c3%a4%40example.com", "ä@example.com"},
-			[]string{"a%CC%88@example.com", "%E4@example.com", "%C3%84@example.com"}}, // composed
-		{"a\u0308@example.com", []string{"a%CC%88@example.com"}, []string{"%C3%A4@example.com"}},
-		{"a/b", []string{"a%2Fb", "a%2fb", "%61%2F%62"}, []string{"a%252Fb", "a%5Cb", "A%2Fb"}},
-		{"../x/", []string{"%2E%2E%2Fx%2F"}, []string{"x"}},
-		{`"1"`, []string{"%221%22"}, []string{"1", "%271%27"}},
-		{"a b", []string{"a%20b"}, []string{"a+b", "a%2520b", "ab", "a%C2%A0b"}},
-		{"a+b", []string{"a+b", "a%2Bb"}, []string{"a%20b"}},
-		{"%41", []string{"%2541", "%25%34%31"}, []string{"%41", "A"}},
-		{"a?b#c;d&e", []string{"a%3Fb%23c;d&e"}, []string{"a", "a%253Fb%2523c;d&e"}},
-		{"\u200b\u202e\ufeff", []string{"%E2%80%8B%E2%80%AE%EF%BB%BF"}, []string{"%E2%80%8B", ""}},
-		{"{user_id}", []string{"%7Buser_id%7D"}, []string{"user_id", "a%00"}},
-		{strings.Repeat("x", 512-len(suffix)), []string{strings.Repeat("x", 512-len(suffix))},
-			[]string{strings.Repeat("x", 511-len(suffix))}},
+		{"0123456789abcdefABCDEF0123456789", nil, []string{"0123456789ABCDEFABCDEF0123456789"}},
+		{"0b5c0f6e-3f53-4a4b-9a5c-0d2f3f6b8e11", nil, []string{"0b5c0f6e3f534a4b9a5c0d2f3f6b8e11"}},
+		{"1", []string{"%31"}, []string{"01", "+1", "%221%22"}},
+		{"ä@example.com", []string{"%c3%a4%40example.com", "ä@example.com"},
+			[]string{"a%CC%88@example.com", "%E4@example.com", "%C3%84@example.com"}},
+		{"a\u0308@example.com", nil, []string{"%C3%A4@example.com"}},
+		{"../x/", []string{"%2E%2E%2Fx%2f"}, []string{"x", "..%252Fx%252F"}},
+		{"a b", nil, []string{"a+b", "a%2520b", "ab", "a%C2%A0b"}},
+		{"a+b", []string{"a%2Bb"}, []string{"a%20b"}},
+		{"%41", []string{"%25%34%31"}, []string{"%41", "A"}},
+		{"a?b#c;d&e", []string{"a%3fb%23c;d&e"}, []string{"a", "a%253Fb%2523c;d&e"}},
+		{"\u200b\u202e\ufeff", nil, []string{"%E2%80%8B", ""}},
+		{"{user_id}", nil, []string{"user_id", "%7Buser_id%7D%00"}},
+		{strings.Repeat("x", 512-len(suffix)), nil, []string{strings.Repeat("x", 511-len(suffix))}},
 	} {
 		c := newClientOf(t, sharedURL, row.user+suffix)
-		for _, spelling := range row.allowed {
-			path := "/api/" + spelling + suffix + "/tasks"
-			a := c.send("POST", path, `{"title": "x"}`)
+		for _, spelling := range append(row.allowed, url.PathEscape(row.user)) {
+			a := c.send("POST", "/api/"+spelling+suffix+"/tasks", `{"title": "x"}`)
 			if a.status != 201 || decode[wireTask](t, a.body).UserID != c.user {
-				t.Errorf("POST %s by %q = %v, want 201", path, c.user, a)
-				continue
+				t.Fatalf("create by %q as %s = %v, want 201", c.user, spelling, a)
 			}
-			location := a.header.Get("Location")
-			if got := c.send("GET", location, ""); got.status != 200 || got.body != a.body {
-				t.Errorf("GET %s by %q = %v, want %v", location, c.user, got, a)
+			if got := c.send("GET", a.header.Get("Location"), ""); got.body != a.body {
+				t.Errorf("GET %s by %q = %v, want %v", a.header.Get("Location"), c.user, got, a)
 			}
 		}
-		if got := c.list(""); len(got) != len(row.allowed) {
-			t.Errorf("list of %q = %v, want %d tasks, one for each spelling", c.user, got, len(row.allowed))
+		if got := c.list(""); len(got) != len(row.allowed)+1 {
+			t.Errorf("list of %q = %v, want a task for each spelling", c.user, got)
 		}
 		for _, spelling := range row.rejected {
-			path := "/api/" + spelling + suffix + "/tasks"
-			if a := c.send("GET", path, ""); a.status != 403 || strings.Contains(a.body, suffix) {
-				t.Errorf("GET %s by %q = %v, want 403 that does not name the user", path, c.user, a)
+			a := c.send("GET", "/api/"+spelling+suffix+"/tasks", "")
+			if a.status != 403 || strings.Contains(a.body, suffix) {
+				t.Errorf("list of %s by %q = %v, want 403 that does not name the user", spelling, c.user, a)
 			}
 		}
 	}
-	// Others may use these ids in the tests' database, so their tasks are only read.
-	for user, segment := range map[string]string{"..": "%2E%2E", ".": "%2E", " ": "%20"} {
+	for user, spelling := range map[string]string{"..": "%2E%2E", ".": "%2E", " ": "%20"} {
 		c := newClientOf(t, sharedURL, user)
-		if a := c.send("GET", "/api/"+segment+"/tasks", ""); a.status != 200 {
-			t.Errorf("GET of %s by %q = %v, want 200", segment, user, a)
+		if a := c.send("GET", "/api/"+spelling+"/tasks", ""); a.status != 200 {
+			t.Errorf("list of %s by %q = %v, want 200", spelling, user, a)
 		}
 	}
 }
@@ -427,7 +395,6 @@ func TestTasksOfOthersDoNotExist(t *testing.T) {
 		total string
 	}{
 		{a, "?total=true", []wireTask{secret}, "1"},
-		{a, "?total=true&completed=false", []wireTask{secret}, "1"},
 		{b, "?total=true", []wireTask{recent, old}, "2"},
 		{b, "?total=true&completed=true", nil, "0"},
 		{b, fmt.Sprintf("?total=true&before=%d", secret.ID), []wireTask{old}, "2"}, // only a number
@@ -450,15 +417,13 @@ func TestConcurrentChanges(t *testing.T) {
 	c := newClient(t)
 	last := c.create("Milk")
 	path := c.path(last.path())
-	requests := []func(text string) (answer, error){
-		func(string) (answer, error) { return c.try("PATCH", path+"/complete", "") },
-		func(text string) (answer, error) { return c.try("PUT", path, `{"title": `+text+`}`) },
-		func(text string) (answer, error) { return c.try("PATCH", path, `{"description": `+text+`}`) },
-	}
-	made := map[time.Time]int{} // which request made a version
+	made := map[time.Time]int{} // the request that made a version
 	var versions []wireTask
-	for i, a := range atOnce(t, 30, func(i int) (answer, error) {
-		return requests[i%3](fmt.Sprintf(`"%d"`, i))
+	for i, a := range atOnce(t, 31, func(i int) (answer, error) {
+		if i%2 == 0 {
+			return c.try("PATCH", path+"/complete", "")
+		}
+		return c.try("PUT", path, fmt.Sprintf(`{"description": "%d"}`, i))
 	}) {
 		if a.status != 200 {
 			t.Fatalf("change %d = %v, want 200", i, a)
@@ -470,12 +435,9 @@ func TestConcurrentChanges(t *testing.T) {
 	for _, got := range versions {
 		want, i := last, made[got.UpdatedAt]
 		want.UpdatedAt = got.UpdatedAt
-		switch i % 3 {
-		case 0:
+		if i%2 == 0 {
 			want.Completed = !last.Completed
-		case 1:
-			want.Title = fmt.Sprint(i)
-		case 2:
+		} else {
 			want.Description = new(fmt.Sprint(i))
 		}
 		if !got.UpdatedAt.After(last.UpdatedAt) || !equalTasks(got, want) {
@@ -485,30 +447,16 @@ func TestConcurrentChanges(t *testing.T) {
 	}
 }
 
-var nextLink = regexp.MustCompile(`^<(/api/[!-;=?-~]*)>; rel="next"$`) // ASCII without < and >
+var nextLink = regexp.MustCompile(`^(<(/api/[!-;=?-~]*)>; rel="next")?$`) // ASCII without < and >
 
 // nextPage returns the URL of the next page, "" on the last one.
 func nextPage(t testing.TB, a answer) string {
 	t.Helper()
-	link := a.header.Get("Link")
-	if link == "" {
-		return ""
-	}
-	match := nextLink.FindStringSubmatch(link)
+	match := nextLink.FindStringSubmatch(a.header.Get("Link"))
 	if match == nil {
-		t.Fatalf("Link = %q, want one URL with rel=\"next\"", link)
+		t.Fatalf("Link = %q, want one URL with rel=\"next\"", a.header.Get("Link"))
 	}
-	return match[1]
-}
-
-// idsOf returns the ids of the tasks in a list.
-func idsOf(t testing.TB, a answer) []int64 {
-	t.Helper()
-	ids := []int64{}
-	for _, task := range decode[[]wireTask](t, a.body) {
-		ids = append(ids, task.ID)
-	}
-	return ids
+	return match[2]
 }
 
 // The pages of a list, of which each links to the next one, contain each task once, in order.
@@ -544,7 +492,6 @@ func TestPagesShowEachTaskOnce(t *testing.T) {
 			[]int{30, 10}, "50"},
 		{fmt.Sprintf("?before=%d&total=true", all[149]), none, []int{0}, "150"},
 		{"?before=9223372036854775807&limit=0100", all, []int{100, 50}, ""},
-		{"?offset=150&total=true", none, []int{0}, "150"},
 		{"?offset=9223372036854775807&limit=100&total=true&completed=false", none, []int{0}, "100"},
 	} {
 		got, pages := []int64{}, []int{}
@@ -553,30 +500,16 @@ func TestPagesShowEachTaskOnce(t *testing.T) {
 			if total := a.header.Get("X-Total-Count"); a.status != 200 || total != row.total {
 				t.Fatalf("%s = %v, %q in all, want 200, %q", next, a, total, row.total)
 			}
-			page := idsOf(t, a)
-			got, pages = append(got, page...), append(pages, len(page))
-			next = nextPage(t, a)
+			tasks := decode[[]wireTask](t, a.body)
+			for _, task := range tasks {
+				got = append(got, task.ID)
+			}
+			pages, next = append(pages, len(tasks)), nextPage(t, a)
 		}
 		if !slices.Equal(got, row.want) || !slices.Equal(pages, row.pages) {
 			t.Errorf("list %s = pages of %v, ids %v, want pages of %v, ids %v",
 				row.query, pages, got, row.pages, row.want)
 		}
-	}
-}
-
-// Tasks that are created or deleted while a client reads do not shift the tasks of later pages.
-func TestPagesAreStableWhileTasksChange(t *testing.T) {
-	t.Parallel()
-	c := newClient(t)
-	ids := c.fill(4)
-	a := c.do("GET", "?limit=2", "")
-	c.create("newer than the page")
-	for _, id := range ids[:2] { // also the task of the cursor
-		c.do("DELETE", fmt.Sprintf("/%d", id), "")
-	}
-	a = c.send("GET", nextPage(t, a), "")
-	if got := idsOf(t, a); !slices.Equal(got, ids[2:]) || nextPage(t, a) != "" {
-		t.Errorf("page 2 = %v, Link %q, want %v and none", got, a.header.Get("Link"), ids[2:])
 	}
 }
 
@@ -612,11 +545,10 @@ func TestQueryParameters(t *testing.T) {
 	t.Parallel()
 	c := newClient(t)
 	rejected := map[string]string{ // the details, as regular expressions
-		"before=7&offset=0":            `before.*offset`,
-		"offset=0&before=7&total=true": `before.*offset`,
-		"limit=101":                    `^limit .* 1 to 100$`,
-		"limit=0":                      `^limit .* 1 to 100$`,
-		"before=0":                     `^before .* from 1 to`,
+		"before=7&offset=0": `before.*offset`,
+		"limit=101":         `^limit .* 1 to 100$`,
+		"limit=0":           `^limit .* 1 to 100$`,
+		"before=0":          `^before .* from 1 to`,
 	}
 	for _, query := range []string{"%zz", "limit=%", "x=%4", "a;b", "limit=5;total=true"} {
 		rejected[query] = `query string is malformed`
@@ -690,11 +622,11 @@ func TestListsReadOneIndex(t *testing.T) {
 				{"few", "limit=20", 21},
 				{"few", "limit=20&before=30000", 21},
 			} {
-				for filter, index := range map[string]string{
-					"":                 "tasks_pkey",
-					"&completed=true":  "tasks_user_id_completed_id_idx",
-					"&completed=false": "tasks_user_id_completed_id_idx",
-				} {
+				for _, filter := range []string{"", "&completed=true", "&completed=false"} {
+					index := "tasks_pkey"
+					if filter != "" {
+						index = "tasks_user_id_completed_id_idx"
+					}
 					newClientOf(t, service.url, list.user).list("?" + list.query + filter)
 					for _, mode := range []string{"force_generic_plan", "force_custom_plan"} {
 						got := readsOf(t, d, mode, index, statement.Load())
@@ -760,90 +692,69 @@ func readsOf(
 }
 
 // A change is made only if If-Match contains the version of the task, in any spelling of a
-// compressing proxy. A read with If-None-Match that contains it is a 304.
+// compressing proxy. A read with If-None-Match that contains it is a 304. A value that is no
+// entity-tag is a 422 that names the header.
 func TestIfMatchAndIfNoneMatch(t *testing.T) {
 	t.Parallel()
-	const same, other, malformed = 200, 412, 422 // the status of a change
-	for _, row := range []struct {
-		value string // V stands for the version, without quotes; \n separates two header lines
-		want  int
-	}{
-		{`"V"`, same},
-		{`*`, same},
-		{` * `, same},
-		{`"1", "V" , "2"`, same},
-		{`W/"5",, "V"`, same},
-		{"\"1\"\n\"V\"", same}, // RFC 9110, section 5.3
-		{strings.Repeat(`"x", `, 99) + `"V"`, same},
-		{`W/"V"`, same}, // nginx, HAProxy and Varnish
-		{`"1", W/"V"`, same},
-		{`"V-gzip"`, same}, // Apache and Caddy
-		{`"V--gzip"`, same},
-		{`W/"V;gzip"`, same},
-		{`"V-br", "x"`, same},
-		{`"V-zstd"`, same},
-		{`"a,b", "V,gzip"`, same},
-		{`"1"`, other},
-		{`""`, other},
-		{`"abc"`, other},
-		{`"*"`, other},
-		{`"Vgzip"`, other},
-		{`"V0"`, other},
-		{`"2026-02-30T03:04:05.000000Z"`, other},
-		{`"2026-01-02T03:04:05.000000Z"`, other},
-		{`"0000-00-00T00:00:00.000000Z"`, other},
-		{`"9999-12-31T23:59:59.999999Z"`, other},
-		{`"0001-01-01T00:00:00.000000Z-gzip"`, other},
-		{"\"\xff\"", other},
-		{``, malformed},
-		{`undefined`, malformed},
-		{`null`, malformed},
-		{`"`, malformed},
-		{`'x'`, malformed},
-		{`*, *`, malformed},
-		{`W/`, malformed},
-		{`V`, malformed},
+	for status, values := range map[int][]string{ // the status of a change
+		// V stands for the version, without quotes; \n separates two header lines (RFC 9110, 5.3).
+		200: {`"V"`, `*`, ` * `, `"1", "V" , "2"`, `W/"5",, "V"`, "\"1\"\n\"V\"",
+			`W/"V"`, `"1", W/"V"`, // nginx, HAProxy and Varnish
+			`"V-gzip"`, `"V--gzip"`, `W/"V;gzip"`, `"V-br", "x"`, `"V-zstd"`, // Apache and Caddy
+			`"a,b", "V,gzip"`, strings.Repeat(`"x", `, 99) + `"V"`},
+		412: {`"1"`, `""`, `"abc"`, `"*"`, `"Vgzip"`, `"V0"`, "\"\xff\"",
+			`"2026-02-30T03:04:05.000000Z"`, `"2026-01-02T03:04:05.000000Z"`,
+			`"0000-00-00T00:00:00.000000Z"`, `"9999-12-31T23:59:59.999999Z"`,
+			`"0001-01-01T00:00:00.000000Z-gzip"`},
+		422: {``, `undefined`, `null`, `"`, `'x'`, `*, *`, `W/`, `V`},
 	} {
-		t.Run(row.value, func(t *testing.T) {
-			t.Parallel()
-			c := newClient(t)
-			for _, r := range []struct{ header, method, path, body string }{
-				{"If-None-Match", "GET", "", ""},
-				{"If-Match", "PUT", "", `{"title": "changed"}`},
-				{"If-Match", "PATCH", "", `{"title": "changed"}`},
-				{"If-Match", "PATCH", "/complete", ""},
-				{"If-Match", "DELETE", "", ""},
-			} {
-				created := c.do("POST", "", `{"title": "original"}`)
-				path, etag := decode[wireTask](t, created.body).path(), created.header.Get("ETag")
-				var headers []string
-				value := strings.ReplaceAll(row.value, "V", strings.Trim(etag, `"`))
-				for line := range strings.SplitSeq(value, "\n") {
-					headers = append(headers, r.header, line)
-				}
-				want, changes := row.want, row.want == same && r.header == "If-Match"
-				switch {
-				case r.method == "GET":
-					want = map[int]int{same: 304, other: 200, malformed: 422}[row.want]
-				case r.method == "DELETE" && changes:
-					want = 204
-				}
-				a := c.do(r.method, path+r.path, r.body, headers...)
-				if a.status != want || a.status == 422 && !strings.HasPrefix(a.detail(), r.header+" must") {
-					t.Errorf("%s %s with %s = %v, want %d", r.method, r.path, r.header, a, want)
-				}
-				if r.method == "GET" && want < 400 && a.header.Get("ETag") != etag {
-					t.Errorf("GET with %s has the ETag %s, want %s", r.header, a.header.Get("ETag"), etag)
-				}
-				if after := c.do("GET", path, ""); (after.body != created.body) != changes {
-					t.Errorf("%s %s changes %v to %v", r.method, r.path, created, after)
-				}
-				a = c.do(r.method, noTask+r.path, r.body, headers...)
-				if want == 422 && a.status != 422 || want != 422 && a.status != 404 {
-					t.Errorf("%s %s of no task with %s = %v, want 404, or 422", r.method, r.path, r.header, a)
-				}
-			}
-		})
+		for _, value := range values {
+			t.Run(value, func(t *testing.T) {
+				t.Parallel()
+				checkCondition(t, value, status)
+			})
+		}
+	}
+}
+
+// checkCondition checks each request with a condition, of a task and of none.
+func checkCondition(t *testing.T, value string, status int) {
+	c := newClient(t)
+	for _, r := range []struct {
+		header, method, path, body string
+		statuses                   map[int]int // by that of a change
+	}{
+		{"If-None-Match", "GET", "", "", map[int]int{200: 304, 412: 200}},
+		{"If-Match", "PUT", "", `{"title": "changed"}`, nil},
+		{"If-Match", "PATCH", "", `{"title": "changed"}`, nil},
+		{"If-Match", "PATCH", "/complete", "", nil},
+		{"If-Match", "DELETE", "", "", map[int]int{200: 204}},
+	} {
+		created := c.do("POST", "", `{"title": "original"}`)
+		path, etag := decode[wireTask](t, created.body).path(), created.header.Get("ETag")
+		var headers []string
+		spelled := strings.ReplaceAll(value, "V", strings.Trim(etag, `"`))
+		for line := range strings.SplitSeq(spelled, "\n") {
+			headers = append(headers, r.header, line)
+		}
+		want, ofNone := cmp.Or(r.statuses[status], status), 404 // before the 412
+		if status == 422 {
+			ofNone = 422
+		}
+		a := c.do(r.method, path+r.path, r.body, headers...)
+		if a.status != want || a.status == 422 && !strings.HasPrefix(a.detail(), r.header+" must") {
+			t.Errorf("%s %s with %s = %v, want %d", r.method, r.path, r.header, a, want)
+		}
+		if r.method == "GET" && want < 400 && a.header.Get("ETag") != etag {
+			t.Errorf("GET with %s has the ETag %s, want %s", r.header, a.header.Get("ETag"), etag)
+		}
+		changes := status == 200 && r.method != "GET"
+		if after := c.do("GET", path, ""); (after.body != created.body) != changes {
+			t.Errorf("%s %s with %s changes %v to %v", r.method, r.path, r.header, created, after)
+		}
+		if a := c.do(r.method, noTask+r.path, r.body, headers...); a.status != ofNone {
+			t.Errorf("%s %s of no task with %s = %v, want %d", r.method, r.path, r.header, a, ofNone)
+		}
 	}
 }
 
@@ -875,30 +786,20 @@ func TestOneOfTwentyWins(t *testing.T) {
 // body a 422. A key belongs to a user, and ends with its task.
 func TestIdempotencyKey(t *testing.T) {
 	t.Parallel()
-	c := newClient(t)
-	const name, body = "Idempotency-Key", `{"title": "once", "description": "only"}`
-	const key1, key2 = "16-characters--1", "0b5c0f6e-3f53-4a4b-9a5c-0d2f3f6b8e11"
-	// create reports whether the response repeats an earlier one.
-	create := func(c *client, body, key string) (a answer, task wireTask, replayed bool) {
-		t.Helper()
-		if a = c.do("POST", "", body, name, key); a.status != 201 {
-			t.Fatalf("create %s with %s = %v, want 201", body, key, a)
-		}
-		return a, decode[wireTask](t, a.body), a.header.Get("Idempotency-Replayed") == "true"
-	}
-	first, task, replayed := create(c, body, key1)
-	if replayed {
-		t.Error("the first create is replayed")
-	}
-	changed := c.do("PATCH", task.path(), `{"title": "changed since"}`)
+	c, stranger := newClient(t), newClient(t)
+	const name, key = "Idempotency-Key", "16-characters--1"
+	const body = `{"title": "once", "description": "only"}`
+	first := c.do("POST", "", body, name, key)
+	path := decode[wireTask](t, first.body).path()
+	changed := c.do("PATCH", path, `{"title": "changed since"}`)
 
 	// The same body after decoding: the order of members, defaults, unknown members, escapes.
 	for _, same := range []string{body,
 		`{"completed": false, "description": "only", "title": "onc\u0065", "id": 7}`} {
-		a, _, replayed := create(c, same, key1)
-		if !replayed || a.body != changed.body {
-			t.Errorf("repeated with %s = %v, replayed: %t, want the task as it is now: %v",
-				same, a, replayed, changed)
+		a := c.do("POST", "", same, name, key)
+		if a.status != 201 || a.body != changed.body || a.header.Get("Idempotency-Replayed") != "true" {
+			t.Errorf("repeated with %s = %v %v, want 201, replayed, with the task as it is now: %v",
+				same, a, a.header, changed)
 		}
 		if a.header.Get("ETag") != changed.header.Get("ETag") ||
 			a.header.Get("Location") != first.header.Get("Location") {
@@ -906,44 +807,40 @@ func TestIdempotencyKey(t *testing.T) {
 				same, a.header, first.header)
 		}
 	}
-	for _, other := range []string{
-		`{"title": "Once", "description": "only"}`, `{"title": "changed since", "description": "only"}`,
-		`{"title": "once"}`, `{"title": "once", "description": ""}`,
-		`{"title": "once", "description": "only", "completed": true}`,
+	for _, rejected := range []struct{ body, key string }{
+		{`{"title": "changed since", "description": "only"}`, key}, {`{"title": "once"}`, key},
+		{`{"title": "once", "description": ""}`, key},
+		{`{"title": "once", "description": "only", "completed": true}`, key},
+		{body, ""}, {body, "undefined"}, {body, strings.Repeat("k", 15)},
+		{body, strings.Repeat("k", 256)}, {body, "a key with blanks"}, {body, "a-key-with-a\ttab"},
+		{body, "a-key-with-an-ä"}, {body, "a-key-with-a-\x80"},
 	} {
-		a := c.do("POST", "", other, name, key1)
+		a := c.do("POST", "", rejected.body, name, rejected.key)
 		if a.status != 422 || !strings.Contains(a.detail(), name) {
-			t.Errorf("the key with %s = %v, want 422 that names the header", other, a)
+			t.Errorf("create %+v = %v, want 422 that names the header", rejected, a)
 		}
 	}
-	if a := c.do("GET", task.path(), ""); a.body != changed.body {
-		t.Errorf("after the repeats the task is %v, want %v", a, changed)
+	if a := c.do("POST", "", body, name, key, name, key); a.status != 422 {
+		t.Errorf("a header line twice = %v, want 422", a)
+	}
+	if got := c.list(""); len(got) != 1 || !equalTasks(got[0], decode[wireTask](t, changed.body)) {
+		t.Errorf("the tasks afterwards = %v, want %v alone", got, changed)
 	}
 
-	if _, other, replayed := create(newClient(t), body, key1); replayed || other.ID == task.ID {
-		t.Errorf("the same key of another user: replayed %t, %v, want another task", replayed, other)
-	}
-	if _, other, replayed := create(c, body, key2); replayed || other.ID == task.ID {
-		t.Errorf("another key: replayed %t, %v, want another task", replayed, other)
-	}
-	c.do("DELETE", task.path(), "")
-	if _, _, replayed := create(c, body, key1); replayed {
-		t.Error("the key of a deleted task is replayed, want another task")
-	}
-
-	for _, bad := range []string{"", "undefined", strings.Repeat("k", 15), strings.Repeat("k", 256),
-		"a key with blanks", "a-key-with-a\ttab", "a-key-with-an-ä", "a-key-with-a-\x80"} {
-		a := c.do("POST", "", body, name, bad)
-		if a.status != 422 || !strings.Contains(a.detail(), name) {
-			t.Errorf("key %q = %v, want 422 that names the header", bad, a)
+	c.do("DELETE", path, "")
+	for what, a := range map[string]answer{
+		"the first create":          first,
+		"the key of a deleted task": c.do("POST", "", body, name, key),
+		"the key of another user":   stranger.do("POST", "", body, name, key),
+		"another key, of 255 bytes": c.do("POST", "", body, name, strings.Repeat("!~", 127)+"!"),
+		"another key, of 16 bytes":  c.do("POST", "", body, name, "16-characters--2"),
+	} {
+		if a.status != 201 || a.header.Get("Idempotency-Replayed") != "" {
+			t.Errorf("%s = %v %v, want a new task", what, a, a.header)
 		}
 	}
-	if a := c.do("POST", "", body, name, key1, name, key1); a.status != 422 {
-		t.Errorf("two keys = %v, want 422", a)
-	}
-	create(c, body, strings.Repeat("!~", 127)+"!")
-	if got := c.list(""); len(got) != 3 {
-		t.Errorf("%d tasks in the end, want 3: %v", len(got), got)
+	if got := len(c.list("")) + len(stranger.list("")); got != 4 {
+		t.Errorf("%d tasks in the end, want 4", got)
 	}
 }
 
@@ -983,12 +880,9 @@ func TestIdempotencyKeyOnTwoInstances(t *testing.T) {
 func TestFingerprint(t *testing.T) {
 	t.Parallel()
 	c := newClient(t)
-	const odd = "<a href='x'>&amp;\u2028\u2029\u007f\ufffd\\\"🌍\n"
-	literal, err := json.Marshal(odd)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for i, row := range []struct {
+	const odd = "<&>\u2028\u2029\u007f\ufffd\\\"🌍\n" // encoding/json escapes some of these
+	const literal = `"<&>\u2028\u2029\u007F\uFFFD\\\"🌍\n"`
+	for _, row := range []struct {
 		body   string
 		fields []string
 	}{
@@ -996,20 +890,20 @@ func TestFingerprint(t *testing.T) {
 		{`{"completed": false, "description": null, "title": " x", "new": 1}`, []string{"title", " x"}},
 		{`{"description": "", "title": "x"}`, []string{"title", "x", "description", ""}},
 		{`{"completed": true, "title": "x"}`, []string{"title", "x", "completed", "true"}},
-		{fmt.Sprintf(`{"completed": true, "description": %[1]s, "title": %[1]s}`, literal),
+		{`{"completed": true, "description": ` + literal + `, "title": ` + literal + `}`,
 			[]string{"title", odd, "description", odd, "completed", "true"}},
 	} {
-		key := fmt.Sprint("key-of-the-row-of-", i)
+		key := rand.Text()
 		if a := c.do("POST", "", row.body, "Idempotency-Key", key); a.status != 201 {
 			t.Fatalf("create %s = %v, want 201", row.body, a)
 		}
-		want := sha256.Sum256([]byte(strings.Join(row.fields, "\x00")))
 		got := sqlValue[[]byte](t, sharedDB.pool, `
 			SELECT request_hash
 			FROM public.tasks
 			WHERE user_id = $1 AND idempotency_key = $2`, c.user, key)
+		want := sha256.Sum256([]byte(strings.Join(row.fields, "\x00")))
 		if !slices.Equal(got, want[:]) {
-			t.Errorf("the fingerprint of %s = %x, want %x", row.body, got, want)
+			t.Errorf("the fingerprint of %s = %x, want %x, of %q", row.body, got, want, row.fields)
 		}
 	}
 }
