@@ -54,9 +54,8 @@ func newDatabase(config *pgxpool.Config, log *slog.Logger) (*database, error) {
 	d.work, d.cancel = context.WithCancel(context.Background())
 	config.BeforeConnect = d.connector.beforeConnect
 	config.AfterConnect = d.connector.afterConnect
-	// The pool closes a broken connection after a failed ping. Then the other idle connections are
-	// probably broken too, and each would cost a request another ping. pgx would wait up to 15 s for
-	// a silent peer, and the connection would occupy its slot in the meantime.
+	// After a failed ping the other idle connections are probably broken too, and each would cost a
+	// request another ping. Closing the socket frees the slot: see tryQuery.
 	config.BeforeClose = func(conn *pgx.Conn) {
 		if conn.IsClosed() {
 			conn.PgConn().Conn().Close()
@@ -335,12 +334,11 @@ func tryQuery[T any](
 			conn.Release()
 			return
 		}
-		// pgx sends a cancel request and then waits up to 15 s for a silent peer. The slot is free as
-		// soon as the request was sent, so that the server never has more sessions than the pool has
-		// slots. Hijack instead of Release, because BeforeClose is for failed pings.
+		// pgx sends a cancel request and then waits up to 15 s for a silent server, unless the socket
+		// is closed. Hijack frees the slot like Release, but does not call BeforeClose.
 		c.Conn().Close()
 		go func() {
-			<-c.CleanupDone()
+			<-c.CleanupDone() // so that the server has no more sessions than the pool has slots
 			conn.Hijack()
 		}()
 	}()

@@ -355,8 +355,7 @@ func (s *server) listTasks(w http.ResponseWriter, r *http.Request, key taskKey) 
 // With user_id = $1 AND id < $2 the planner may sort or filter all tasks of a user, namely when its
 // statistics are wrong, as after a restore. A row comparison fits only one index, which has the
 // rows in the order of the list. The planner makes no estimate from a sub-select's value. So one
-// plan is left: to read that index backward from the cursor. Without any of these parts,
-// TestListsReadOneIndex fails.
+// plan is left: to read that index backward from the cursor. TestListsReadOneIndex has the cases.
 func (d *database) list(ctx context.Context, user string, p page) ([]task, error) {
 	where := `
 		WHERE (user_id, id) BETWEEN ((SELECT @user_id), 1) AND ((SELECT @user_id), @last)
