@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -11,8 +12,6 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
-
-	"github.com/jackc/pgx/v5/pgproto3"
 )
 
 // Section 10 of the contract: the steps of schema.sql, the start, and a schema that disappears.
@@ -364,117 +363,64 @@ func TestErrorsOfTriggersEndNothing(t *testing.T) {
 	}
 }
 
-// fakeStart runs a start in the fake time of a synctest bubble. It returns the start's duration,
-// warnings and error.
-func fakeStart(t *testing.T, dial func() (net.Conn, error)) (time.Duration, []string, error) {
-	t.Helper()
-	config, err := poolConfig("postgres://todo:hunter2@127.0.0.1/todo?sslmode=disable")
-	if err != nil {
-		t.Fatal(err)
-	}
-	config.ConnConfig.DialFunc = func(context.Context, string, string) (net.Conn, error) {
-		return dial()
-	}
-	var log lockedBuffer
-	d, err := newDatabase(config, newLogger(&log, slog.LevelInfo))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer d.pool.Close()
-	start := time.Now()
-	err = d.ensureSchema(t.Context())
-	return time.Since(start), log.messages(t, "WARNING"), err
-}
-
-// fakePostgres returns a connection to a server without tables. It rejects the connection with the
-// error login, if any, and step 1 with that of step. If step is nil, it closes the connection at
-// the first statement.
-func fakePostgres(login *pgproto3.ErrorResponse, step func() *pgproto3.ErrorResponse) net.Conn {
-	client, server := net.Pipe()
-	b := pgproto3.NewBackend(server, server)
-	reply := func(messages ...pgproto3.BackendMessage) {
-		for _, m := range append(messages, &pgproto3.ReadyForQuery{TxStatus: 'I'}) {
-			b.Send(m)
-		}
-		b.Flush()
-	}
-	go func() {
-		defer server.Close()
-		b.ReceiveStartupMessage()
-		if login != nil {
-			reply(login)
-			return
-		}
-		reply(&pgproto3.AuthenticationOk{})
-		for {
-			message, err := b.Receive()
-			if err != nil || step == nil {
-				return
-			}
-			switch m := message.(type) {
-			case *pgproto3.Sync: // after the query for the comment, which finds no table
-				reply(&pgproto3.ParseComplete{}, &pgproto3.BindComplete{}, &pgproto3.RowDescription{},
-					&pgproto3.CommandComplete{CommandTag: []byte("SELECT 0")})
-			case *pgproto3.Query:
-				if strings.Contains(m.String, "CREATE TABLE") {
-					reply(step())
-				} else {
-					reply(&pgproto3.CommandComplete{CommandTag: []byte("OK")})
-				}
-			}
-		}
-	}()
-	return client
-}
-
 // The start tries to reach the database for 30 s. It logs the reason of the first failure, and its
-// error is the last one.
+// error is the last one. The time is that of a synctest bubble.
 func TestUnreachableDatabaseAtStart(t *testing.T) {
 	t.Parallel()
-	wrong := &pgproto3.ErrorResponse{Code: "28P01", Message: "password authentication failed"}
-	for reason, last := range map[string]func() (net.Conn, error){
-		"connection refused": func() (net.Conn, error) { return nil, syscall.ECONNREFUSED },
-		"read the comment":   func() (net.Conn, error) { return fakePostgres(nil, nil), nil },
-	} {
-		synctest.Test(t, func(t *testing.T) {
-			attempts := 0
-			took, warnings, err := fakeStart(t, func() (net.Conn, error) {
-				if attempts++; attempts == 1 {
-					return fakePostgres(wrong, nil), nil
-				}
-				return last()
-			})
-			if !strings.Contains(fmt.Sprint(err), reason) || took != 30*time.Second {
-				t.Errorf("start = %v after %v, want %q after 30 s", err, took, reason)
-			}
-			if len(warnings) != 1 || !strings.Contains(warnings[0], wrong.Message) {
-				t.Errorf("the warnings are %q, want one that contains %q", warnings, wrong.Message)
-			}
-		})
-	}
-}
-
-// Once the database is reached, nothing limits the start: a step waits 300 times for a lock, and
-// then runs for an hour.
-func TestStepTakesAsLongAsItNeeds(t *testing.T) {
-	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		tries := 0
-		took, warnings, err := fakeStart(t, func() (net.Conn, error) {
-			return fakePostgres(nil, func() *pgproto3.ErrorResponse {
-				if tries++; tries <= 300 {
-					return &pgproto3.ErrorResponse{Code: "55P03", Message: "lock timeout"}
-				}
-				time.Sleep(time.Hour)
-				return &pgproto3.ErrorResponse{Code: "42601", Message: "the end"}
-			}), nil
-		})
-		if sqlState(err) != "42601" || took != 300*2*time.Second+time.Hour {
-			t.Errorf("start = %v after %v, want the end after 300 times 2 s and an hour", err, took)
+		failure := error(syscall.EHOSTUNREACH)
+		config, err := poolConfig("postgres://todo:hunter2@127.0.0.1/todo?sslmode=disable")
+		if err != nil {
+			t.Fatal(err)
 		}
-		named := strings.Count(strings.Join(warnings, "\n"), "step 1 (create the table")
-		if len(warnings) != 300 || named != 300 {
-			t.Errorf("%d warnings, of which %d name the step, want 300", len(warnings), named)
+		config.ConnConfig.DialFunc = func(context.Context, string, string) (net.Conn, error) {
+			defer func() { failure = syscall.ECONNREFUSED }()
+			return nil, failure
+		}
+		var log lockedBuffer
+		d, err := newDatabase(config, newLogger(&log, slog.LevelInfo))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer d.pool.Close()
+		start := time.Now()
+		err = d.ensureSchema(t.Context())
+		took := time.Since(start)
+		if !errors.Is(err, syscall.ECONNREFUSED) || took != 30*time.Second {
+			t.Errorf("start = %v after %v, want a refused connection after 30 s", err, took)
+		}
+		warnings := log.messages(t, "WARNING")
+		if len(warnings) != 1 || !strings.Contains(warnings[0], syscall.EHOSTUNREACH.Error()) {
+			t.Errorf("the warnings are %q, want one: no route to host", warnings)
 		}
 	})
+}
+
+// Once the database is reached, nothing limits the start: a step waits for a lock, with a WARNING
+// for each try, and runs for longer than the 30 s in which the database must be reached.
+func TestStepTakesAsLongAsItNeeds(t *testing.T) {
+	t.Parallel()
+	u := createDatabase(t)
+	admin := startDB(t, openDB(t, u))
+	lock := begin(t, admin)
+	sqlExec(t, lock, `LOCK TABLE public.tasks IN ACCESS SHARE MODE`)
+	next := startNext(t, openDB(t, u), "a long step\n"+
+		`ALTER TABLE public.tasks ADD COLUMN priority integer; SELECT pg_sleep(31)`)
+	var warnings []string
+	eventually(t, "third warning", func() bool {
+		warnings = next.output.messages(t, "WARNING")
+		return len(warnings) == 3
+	})
+	for _, warning := range warnings {
+		if !strings.Contains(warning, laterStep(1)+" (a long step)") {
+			t.Errorf("the warning %q does not name the step", warning)
+		}
+	}
+	sqlExec(t, lock, `ROLLBACK`)
+	select {
+	case <-next.exited:
+	case <-time.After(31 * time.Second):
+	}
+	next.waitReady()
+	wantStep(t, admin.pool, 1)
 }
