@@ -137,6 +137,16 @@ func startService(t testing.TB, d *database, set settings) *service {
 	return s
 }
 
+// noDatabase is a database that is never reached. Its pool has one slot for each user.
+const noDatabase = "postgres://u:p@localhost:1/d?pool_max_conns=3"
+
+// startDetached starts a service that never reaches its database, and returns a client of it.
+func startDetached(t testing.TB, set settings) (*service, *client) {
+	t.Helper()
+	s := startService(t, openDB(t, noDatabase), set)
+	return s, newClientOf(t, s.url, "anyone")
+}
+
 // newClient returns a client of the service with a new user.
 func (s *service) newClient() *client {
 	s.t.Helper()
@@ -454,6 +464,16 @@ func startProcess(t testing.TB, settings ...string) *process {
 		t.Fatal(err)
 	}
 	return startProgram(t, program, nil, settings...)
+}
+
+// startDetachedProcess is startDetached for a process, which exits after 30 s.
+func startDetachedProcess(t testing.TB, settings ...string) *process {
+	t.Helper()
+	program, err := thisRelease()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return startProgram(t, program, nil, append(settings, "DATABASE_URL="+noDatabase)...)
 }
 
 // startProgram is startProcess for any program. The process is killed when the test ends.
