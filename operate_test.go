@@ -6,15 +6,12 @@ import (
 	"crypto/rand"
 	"fmt"
 	"io"
-	"maps"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"os/exec"
 	"regexp"
-	"slices"
-	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -28,29 +25,27 @@ import (
 // matter what a client sends.
 func TestLog(t *testing.T) {
 	t.Parallel()
-	p := startProcess(t, "GOOGLE_CLOUD_PROJECT=project", "LOG_LEVEL=debug",
-		"CORS_ORIGINS=https://app.example.com")
-	p.waitReady()
+	p := startProcess(t, "GOOGLE_CLOUD_PROJECT=project", "LOG_LEVEL=debug", "CORS_ORIGINS=http://a")
 	c := p.newClient()
 	const id, trace = "0aZ._:/+=-", "105445aa7843bc8bf206b12000100000"
 	long := func(text string) string { return strings.Repeat(text, 9<<10/len(text)) }
 	list := c.path("")
-	for i, row := range []struct{ request, header, body, want string }{ // want: route and status
-		{"POST " + list, "", `{"title": "hunter2", "description": "hunter2"}`, "/tasks 201"},
-		{"GET " + list + "?title=hunter2", "X-Request-Id: " + id, "", "/tasks 200"},
-		{"GET " + list + "?hunter2=%zz", "", "", "/tasks 422"},
-		{"GET " + list + "/hunter2", `X-Request-Id: hunter2"`, "", "/tasks/{id} 404"},
-		{"POST " + list, "", `{"title": "hunter2`, "/tasks 400"},
-		{"POST " + list, "", `{"title": "hunter2\u0000"}`, "/tasks 422"},
-		{"GET " + list, "Authorization: Bearer h.hunter2.h", "", "/tasks 401"},
-		{"GET " + list, "Authorization: " + c.authorization + "hunter2", "", "/tasks 401"},
-		{"GET /api/hunter2/tasks", "", "", "/tasks 403"},
-		{"GET /?access_token=hunter2", "Traceparent: " + long("ab"), "", "/ 404"},
-		{"TRACE /docs", "Traceparent: 00-" + trace + "-b7ad6b7169203331-01", "", "/docs 405"},
-		{"GET /docs", "X-Cloud-Trace-Context: " + trace + "/1;o=1", "", "/docs 200"},
-		{"GET /docs", "X-Request-Id: " + long("id"), "", "/docs 200"},
-		{long("METHOD") + " /docs", "", "", "/docs 405"},
-		{"GET /" + long("path"), "Origin: " + long(`"\`), "", "/ 404"},
+	for i, row := range []struct{ request, header, body, want string }{
+		{"POST " + list, "", `{"title": "hunter2", "description": "hunter2"}`, "POST /tasks 201"},
+		{"GET " + list + "?title=hunter2", "X-Request-Id: " + id, "", "GET /tasks 200"},
+		{"GET " + list + "?hunter2=%zz", "", "", "GET /tasks 422"},
+		{"GET " + list + "/hunter2", `X-Request-Id: hunter2"`, "", "GET /tasks/{id} 404"},
+		{"POST " + list, "", `{"title": "hunter2`, "POST /tasks 400"},
+		{"POST " + list, "", `{"title": "hunter2\u0000"}`, "POST /tasks 422"},
+		{"GET " + list, "Authorization: Bearer h.hunter2.h", "", "GET /tasks 401"},
+		{"GET " + list, "Authorization: " + c.authorization + "hunter2", "", "GET /tasks 401"},
+		{"GET /api/hunter2/tasks", "", "", "GET /tasks 403"},
+		{"GET /?access_token=hunter2", "Traceparent: " + long("ab"), "", "GET / 404"},
+		{"TRACE /docs", "Traceparent: 00-" + trace + "-b7ad6b7169203331-01", "", "other /docs 405"},
+		{"GET /docs", "X-Cloud-Trace-Context: " + trace + "/1;o=1", "", "GET /docs 200"},
+		{"GET /docs", "X-Request-Id: " + long("id"), "", "GET /docs 200"},
+		{long("METHOD") + " /docs", "", "", "other /docs 405"},
+		{"GET /" + long("path"), "Origin: " + long(`"\`), "", "GET / 404"},
 	} {
 		method, path, _ := strings.Cut(row.request, " ")
 		name, value, _ := strings.Cut(row.header, ": ")
@@ -60,13 +55,10 @@ func TestLog(t *testing.T) {
 			t.Errorf("X-Request-Id: %.40s is answered with %s", value, sent)
 		}
 		line := p.output.request(t, sent)
-		if len(method) > 4 {
-			method = "other"
-		}
-		route := strings.Replace(row.want, "/tasks", "/api/{user_id}/tasks", 1)
-		got := fmt.Sprint(line["method"], " ", line["route"], " ", line["status"], " ", line["bytes"])
-		if want := fmt.Sprint(method, " ", route, " ", len(a.body)); got != want {
-			t.Errorf("row %d is logged as %v, want %s", i, line, want)
+		route := strings.TrimPrefix(fmt.Sprint(line["route"]), "/api/{user_id}")
+		got := fmt.Sprint(line["method"], " ", route, " ", line["status"])
+		if got != row.want || line["bytes"] != float64(len(a.body)) {
+			t.Errorf("row %d is logged as %v, want %s and %d bytes", i, line, row.want, len(a.body))
 		}
 		took, db := line["duration_us"].(float64), line["db_us"].(float64)
 		if line["db_wait_us"].(float64) > db || db > took || a.status == 201 && db == 0 {
@@ -77,7 +69,7 @@ func TestLog(t *testing.T) {
 			t.Errorf("row %d is logged as %v, want its error and the trace in %q", i, line, row.header)
 		}
 	}
-	form := regexp.MustCompile(`^{"time":"2[^"]+","severity":"(DEBUG|INFO|WARNING)","message":".+}\n$`)
+	form := regexp.MustCompile(`^{"time":"2[^"]+","severity":"(DEBUG|INFO|WARNING)","message":.+}\n$`)
 	for line := range strings.Lines(p.output.String()) {
 		if len(line) > 8<<10 || !form.MatchString(line) {
 			t.Errorf("a line of %d bytes: %.200s", len(line), line)
@@ -97,26 +89,23 @@ func TestStatementLog(t *testing.T) {
 	t.Parallel()
 	d := startDB(t, openDB(t, createDatabase(t)))
 	sqlExec(t, d.pool, `
-		CREATE FUNCTION public.act() RETURNS trigger LANGUAGE plpgsql AS $$
-		BEGIN
+		CREATE FUNCTION public.act() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
 			IF NEW.completed THEN PERFORM pg_sleep(1.1); END IF;
 			IF NEW.description = 'fail' THEN RAISE '%', repeat('cause', 5000); END IF;
-			RETURN NEW;
-		END $$;
+			RETURN NEW; END $$;
 		CREATE TRIGGER act BEFORE INSERT ON public.tasks FOR EACH ROW EXECUTE FUNCTION public.act()`)
-	databaseURL := withParam(d.pool.Config().ConnString(), "default_query_exec_mode=exec")
 	for _, level := range []string{"debug", "info", "warn"} {
 		t.Run(level, func(t *testing.T) {
 			t.Parallel()
-			p := startProcess(t, "DATABASE_URL="+databaseURL, "LOG_LEVEL="+level)
-			p.waitReady()
+			p := startProcess(t, "DATABASE_URL="+d.pool.Config().ConnString(), "LOG_LEVEL="+level)
+			p.waitLive()
 			c := newClientOf(t, p.url, "argument-"+rand.Text())
 			c.do("GET", "", "", "X-Request-Id", "list")
 			c.do("POST", "", `{"title": "argument", "completed": true}`, "X-Request-Id", "slow")
 			a := c.do("POST", "", `{"title": "argument", "description": "fail"}`, "X-Request-Id", "fail")
 			cause, _ := p.output.request(t, "fail")["error"].(string)
-			if a.status != 500 || len(cause) > 8<<10-500 || !strings.Contains(cause, "causecause") {
-				t.Errorf("a failed statement is answered %v and logged with the error %s", a, cause)
+			if !strings.HasPrefix(cause, "ERROR: cause") || len(cause) > 8<<10-500 || a.status != 500 {
+				t.Errorf("a failed statement is answered %v, and the log has the error %s", a, cause)
 			}
 			got := map[string]bool{}
 			for _, line := range p.output.lines(t) {
@@ -129,11 +118,8 @@ func TestStatementLog(t *testing.T) {
 			if level == "debug" {
 				want["DEBUG list 0 <nil>\n"], want["DEBUG fail 0 P0001\n"] = true, true
 			}
-			if !maps.Equal(got, want) {
-				t.Errorf("the log has the statements %v, want %v", got, want)
-			}
-			if strings.Contains(p.output.String(), "argument") || strings.Contains(a.body, "cause") {
-				t.Errorf("the log contains an argument, or %v the cause: %s", a, p.output.String())
+			if fmt.Sprint(got) != fmt.Sprint(want) || strings.Contains(p.output.String(), "argument") {
+				t.Errorf("the log is %s, want %v and no argument", p.output.String(), want)
 			}
 		})
 	}
@@ -145,9 +131,8 @@ func TestLogReaderEnds(t *testing.T) {
 	testDB(t)
 	p := startProgram(t, "bash", []string{"-c", `exec "$0" > >(read)`, os.Args[0]})
 	c := p.newClient()
-	for range 10 {
-		c.list("")
-	}
+	c.list("")
+	c.list("")
 }
 
 // METRICS_PORT serves the metrics, the public port does not. A page costs no query.
@@ -156,23 +141,22 @@ func TestMetrics(t *testing.T) {
 	port := freePort(t)
 	p := startProcess(t, "METRICS_PORT="+port, "DATABASE_URL="+withParam(os.Getenv("DATABASE_URL"),
 		"default_query_exec_mode=exec&pool_max_conns=7")) // exec: no statement is sent twice
-	p.waitReady()
 	c := p.newClient()
 	for i := range 3 {
 		c.create("counted")
 		c.do("GET", "/0", "")
 		c.send(fmt.Sprint("BREW", i), "/docs", "")
 	}
-	metrics := "http://127.0.0.1:" + port
-	get := func(service, request string) answer {
-		return readAnswer(t, dialRaw(t, service, request+" HTTP/1.0\r\n\r\n"))
+	get := func(port, request string) answer {
+		return readAnswer(t, dialRaw(t, "http://127.0.0.1:"+port, request+" HTTP/1.0\r\n\r\n"))
 	}
-	public, post, docs := get(p.url, "GET /metrics"), get(metrics, "POST /metrics"),
-		get(metrics, "GET /docs")
-	if public.status != 404 || post.status != 405 || docs.status != 404 {
-		t.Errorf("%v, %v, %v, want 404, 405, 404: only GET /metrics on its port", public, post, docs)
+	if a, b := get(port, "POST /metrics"), get(port, "GET /docs"); a.status+b.status != 405+404 {
+		t.Errorf("POST /metrics = %v, GET /docs = %v, want 405 and 404", a, b)
 	}
-	page := get(metrics, "GET /metrics").body
+	if a := c.send("GET", "/metrics", ""); a.status != 404 {
+		t.Errorf("GET /metrics on the public port = %v, want 404", a)
+	}
+	page := get(port, "GET /metrics").body
 	for name, want := range map[string]float64{ // -1: any number above 0
 		`todo_http_requests_total{route="/api/{user_id}/tasks",method="POST",status="201"}`:     3,
 		`todo_http_requests_total{route="/api/{user_id}/tasks/{id}",method="GET",status="404"}`: 3,
@@ -192,16 +176,14 @@ func TestMetrics(t *testing.T) {
 		}
 	}
 	figures := regexp.MustCompile(`(?m)^todo_db.*`)
-	again := get(metrics, "GET /metrics").body
-	if !slices.Equal(figures.FindAllString(page, -1), figures.FindAllString(again, -1)) {
+	again := get(port, "GET /metrics").body
+	if fmt.Sprint(figures.FindAllString(page, -1)) != fmt.Sprint(figures.FindAllString(again, -1)) {
 		t.Errorf("the page of the metrics uses the database: %s, then %s", page, again)
 	}
-	if promtool, err := exec.LookPath("promtool"); err == nil {
-		check := exec.Command(promtool, "check", "metrics")
-		check.Stdin = strings.NewReader(page)
-		if out, err := check.CombinedOutput(); err != nil || len(out) > 0 {
-			t.Errorf("promtool check metrics: %v\n%s", err, out)
-		}
+	check := exec.Command("promtool", "check", "metrics")
+	check.Stdin = strings.NewReader(page)
+	if out, err := check.CombinedOutput(); len(out) > 0 { // nothing also if it is not installed
+		t.Errorf("promtool check metrics: %v\n%s", err, out)
 	}
 }
 
@@ -240,9 +222,8 @@ func TestFairness(t *testing.T) {
 	ids := greedy.fill(100)
 	tx := lockTasks(t, greedy.user)
 	var next, rejected atomic.Int64
-	done := inParallel(len(ids), func() {
-		start := time.Now()
-		path := greedy.path(fmt.Sprint("/", ids[next.Add(1)-1]))
+	done := inParallel(100, func() {
+		start, path := time.Now(), greedy.path(fmt.Sprint("/", ids[next.Add(1)-1]))
 		a, err := greedy.try("PATCH", path, `{"title": "changed"}`)
 		took := time.Since(start)
 		if a.status == 429 && a.header.Get("Retry-After") != "" && took >= 5*time.Second {
@@ -259,7 +240,6 @@ func TestFairness(t *testing.T) {
 	waitBlocked(t, tx, 5)
 	tx.Rollback(t.Context())
 	<-done
-	greedy.list("")
 }
 
 // A request that has sent no statement ends when its client disconnects: it is logged and counted
@@ -267,13 +247,13 @@ func TestFairness(t *testing.T) {
 func TestDisconnectedBeforeTheStatement(t *testing.T) {
 	t.Parallel()
 	testDB(t)
-	d := openDB(t, os.Getenv("DATABASE_URL"), func(c *pgxpool.Config) { c.MaxConns = 7 }) // two slots
-	s := startService(t, d, settings{}) // requests wait for the schema
+	d := openDB(t, os.Getenv("DATABASE_URL"), func(c *pgxpool.Config) { c.MaxConns = 7 })
+	s := startService(t, d, settings{}) // two slots; requests wait for the schema
 	c := s.newClient()
 	check := func(conn net.Conn, id string) {
 		conn.Close()
 		if line := s.log.request(t, id); line["status"] != 499.0 {
-			t.Errorf("a request that waited for a %s is logged as %v, want 499", id, line)
+			t.Errorf("a request that waited for %s is logged as %v, want 499", id, line)
 		}
 	}
 	var slots [2]net.Conn
@@ -290,9 +270,8 @@ func TestDisconnectedBeforeTheStatement(t *testing.T) {
 	check(slots[0], "schema-0")
 	check(slots[1], "schema-1")
 	page := httptest.NewRecorder()
-	s.serveMetrics(page, nil)
-	if want := `method="POST",status="499"} 3`; !strings.Contains(page.Body.String(), want) {
-		t.Errorf("the metrics are %s, want %s", page.Body, want)
+	if s.serveMetrics(page, nil); !strings.Contains(page.Body.String(), `"POST",status="499"} 3`) {
+		t.Errorf("the metrics are %s, want three POST with 499", page.Body)
 	}
 	statuses := make(chan int, 3) // two get the slots
 	inParallel(3, func() {
@@ -337,19 +316,6 @@ func TestDisconnectedAfterTheStatement(t *testing.T) {
 	}
 }
 
-// occupied returns a figure of a process's memory in bytes, VmRSS or its peak VmHWM, or 0 if the
-// race detector distorts it or the system does not tell.
-func (p *process) occupied(figure string) int {
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
-	_, value, found := strings.Cut(string(status), figure+":")
-	if err != nil || !found || underRace() {
-		return 0
-	}
-	kib, _ := strconv.Atoi(strings.Fields(value)[0])
-	p.t.Logf("%s %d KiB", figure, kib)
-	return kib << 10
-}
-
 // The service occupies under 15 MiB, and under 128 MiB next to 400 connections that are slow or
 // send thousands of short headers. Others are served.
 func TestHostileClients(t *testing.T) {
@@ -360,27 +326,29 @@ func TestHostileClients(t *testing.T) {
 		t.Fatal(err)
 	}
 	p := startProgram(t, program, nil, "LOG_LEVEL=error")
-	p.waitReady()
 	c, other := p.newClient(), p.newClient()
-	if rss := p.occupied("VmRSS"); rss >= 15<<20 {
-		t.Errorf("%d bytes of memory when idle, want under 15 MiB", rss)
+	memory := func(figure string) (kib int) { // 0 if the system does not tell
+		status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
+		_, value, _ := strings.Cut(string(status), figure+":")
+		fmt.Sscan(value, &kib)
+		t.Logf("%s %d KiB", figure, kib)
+		return kib
+	}
+	if rss := memory("VmRSS"); rss >= 15<<10 {
+		t.Errorf("%d KiB of memory when idle, want under 15 MiB", rss)
 	}
 	head := "POST " + c.path("") + " HTTP/1.1\r\nHost: todo\r\n"
-	many := head + "Content-Length: 1000000\r\n" // that never come
-	for i := range 3300 {                        // just under 16 KiB
-		many += strconv.FormatInt(int64(36+i), 36) + ":\n"
+	names := "" // just under 16 KiB
+	for i := range 3000 {
+		names += fmt.Sprintf("%x:\n", 256+i)
 	}
 	for range 10 {
 		dialRaw(t, p.url, head+"X-Slow: ")
 		dialRaw(t, p.url, c.rawCreate(`{"title":`, "Content-Length: 65536"))
 	}
-	var answered atomic.Int64
 	done := inParallel(380, func() {
 		for range 4 {
-			conn := dialRaw(t, p.url, many+"\r\n")
-			if line, _ := bufio.NewReader(conn).ReadString('\n'); strings.Contains(line, " 431 ") {
-				answered.Add(1)
-			}
+			conn := dialRaw(t, p.url, head+"Content-Length: 1000000\r\n"+names+"\r\n")
 			io.Copy(io.Discard, conn)
 		}
 	})
@@ -388,11 +356,8 @@ func TestHostileClients(t *testing.T) {
 		other.list("")
 	}
 	<-done
-	if n := answered.Load(); n < 380 { // some are reset before they read the response
-		t.Errorf("%d of 1520 requests with thousands of headers are answered 431", n)
-	}
-	if peak := p.occupied("VmHWM"); peak >= 128<<20 {
-		t.Errorf("%d bytes of memory next to hostile clients, want under 128 MiB", peak)
+	if peak := memory("VmHWM"); peak >= 128<<10 {
+		t.Errorf("%d KiB of memory next to hostile clients, want under 128 MiB", peak)
 	}
 }
 
@@ -450,13 +415,12 @@ func TestShutdownCancelsStatements(t *testing.T) {
 func TestShutdownLosesNoRequest(t *testing.T) {
 	t.Parallel()
 	p := startProcess(t, "LOG_LEVEL=warn")
-	p.waitReady()
 	c, endless := p.newClient(), p.newClient()
 	c.http = keepingConnections(t)
 	var created atomic.Int64
-	var signaled atomic.Pointer[time.Time]
+	var end atomic.Pointer[time.Time]
 	router := inParallel(8, func() {
-		for at := signaled.Load(); at == nil || time.Since(*at) < 5*time.Second; at = signaled.Load() {
+		for e := end.Load(); e == nil || time.Now().Before(*e); e = end.Load() {
 			a, err := c.try("POST", c.path(""), `{"title": "x"}`)
 			if err != nil || a.status != 201 {
 				t.Errorf("create = %v %v, want 201", a, err)
@@ -471,8 +435,7 @@ func TestShutdownLosesNoRequest(t *testing.T) {
 		}
 	})
 	eventually(t, "load", func() bool { return created.Load() > 100 })
-	now := time.Now()
-	signaled.Store(&now)
+	end.Store(new(time.Now().Add(5 * time.Second)))
 	p.signal(syscall.SIGTERM)
 	if status := p.wait(exitLimit); status != 0 {
 		t.Errorf("exit status %d, want 0: %s", status, p.output.String())
@@ -482,6 +445,6 @@ func TestShutdownLosesNoRequest(t *testing.T) {
 	stored := sqlValue[int64](t, sharedDB.pool,
 		`SELECT count(*) FROM public.tasks WHERE user_id = $1`, c.user)
 	if n := created.Load(); stored != n {
-		t.Errorf("%d tasks, want the %d that were acknowledged", stored, n)
+		t.Errorf("%d tasks of %d creates that were acknowledged", stored, n)
 	}
 }
