@@ -236,6 +236,7 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	}
 	ctx, cancel := context.WithTimeout(context.WithValue(client, entryKey{}, e), requestTimeout)
 	defer cancel()
+	received := r // net/http keeps it until it has closed the connection
 	r = r.WithContext(ctx)
 	w := &response{ResponseWriter: rw}
 	w.Header().Set("X-Request-Id", e.id)
@@ -266,7 +267,8 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 		}
 		s.record(w, r, e)
 	}()
-	if len(r.Header) > maxHeaderNames { // thousands of short ones occupy a megabyte
+	if len(r.Header) > maxHeaderNames {
+		received.Header = nil // thousands of short ones occupy a megabyte
 		e.err = errManyHeaders
 		return
 	}
