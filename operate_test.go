@@ -132,7 +132,6 @@ func TestLogReaderEnds(t *testing.T) {
 	p := startProgram(t, "bash", []string{"-c", `exec "$0" > >(read)`, os.Args[0]})
 	c := p.newClient()
 	c.list("")
-	c.list("")
 }
 
 // METRICS_PORT serves the metrics, the public port does not. A page costs no query.
@@ -225,11 +224,13 @@ func TestFairness(t *testing.T) {
 	done := inParallel(100, func() {
 		start, path := time.Now(), greedy.path(fmt.Sprint("/", ids[next.Add(1)-1]))
 		a, err := greedy.try("PATCH", path, `{"title": "changed"}`)
-		took := time.Since(start)
-		if a.status == 429 && a.header.Get("Retry-After") != "" && took >= 5*time.Second {
+		late := time.Since(start) >= 5*time.Second
+		if late && a.status == 429 && a.header.Get("Retry-After") != "" {
 			rejected.Add(1)
-		} else if a.status != 200 {
-			t.Errorf("change of a locked task = %v %v after %v, want 200, or 429 after 5 s", a, err, took)
+			a, err = greedy.try("GET", greedy.path(""), "") // gets a slot once one is released
+		}
+		if a.status != 200 {
+			t.Errorf("request of the greedy user = %v %v, want 200, or 429 after 5 s", a, err)
 		}
 	})
 	waitBlocked(t, tx, 5)
@@ -237,7 +238,6 @@ func TestFairness(t *testing.T) {
 		other.list("")
 	}
 	eventually(t, "95 rejected requests", func() bool { return rejected.Load() == 95 })
-	waitBlocked(t, tx, 5)
 	tx.Rollback(t.Context())
 	<-done
 }
