@@ -453,7 +453,7 @@ var (
 		"Use a new key for a new request."}
 	errTooMany = apiError{429, "Too many of your requests are in progress. " +
 		"Try again shortly; nothing was changed."}
-	errManyHeaders = apiError{431, fmt.Sprintf("The request must not have more than %d headers.",
+	errManyHeaders = apiError{431, fmt.Sprintf("The request must not have more than %d header names.",
 		maxHeaderNames)}
 	errInternal = apiError{500, "Internal error. Report it with the X-Request-Id of this response."}
 	errNotSent  = apiError{503, "The database is unavailable. " +
@@ -482,8 +482,6 @@ func writeError(w http.ResponseWriter, err error) {
 		w.Header().Set("WWW-Authenticate", `Bearer error="invalid_token"`) // RFC 6750, section 3.1
 	case errEncoded:
 		w.Header().Set("Accept-Encoding", "identity") // RFC 9110, section 15.5.16
-	case errCutBody, errSlowBody, errLargeBody, errManyHeaders:
-		w.Header().Set("Connection", "close") // the rest of the request is not read
 	case errTooMany, errNotSent, errUnavailable:
 		w.Header().Set("Retry-After", "1") // seconds; Neon resumes in less
 	}
