@@ -25,7 +25,6 @@ const (
 	hs256             = `{"alg":"HS256"}`
 	aliceClaims       = `{"sub":"alice","exp":9000000000}` // until 2255
 	otherSecret       = "another secret of the tests, 9876543210 äöü"
-	noDatabase        = "postgres://localhost/none"
 	badQuery          = "?limit=0"
 	badTokenChallenge = `Bearer error="invalid_token"` // the WWW-Authenticate of an invalid token
 	base64urlDigits   = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"

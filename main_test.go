@@ -346,7 +346,7 @@ func TestCORS(t *testing.T) {
 	preflight.Set("Access-Control-Allow-Methods", "GET, POST, PUT, PATCH, DELETE")
 	preflight.Set("Access-Control-Max-Age", "7200")
 	preflight.Set("Access-Control-Allow-Headers", "Authorization, Content-Type, If-Match, "+
-		"If-None-Match, Idempotency-Key, X-Request-Id, traceparent")
+		"If-None-Match, Idempotency-Key, X-Request-Id, authorization, traceparent")
 	expect("OPTIONS", c.path("/7"), 204, app, preflight)
 	expect("OPTIONS", c.path("/7"), 405, evil, vary)
 	_, c = startDetached(t, settings{})
