@@ -119,7 +119,7 @@ func TestMigrate(t *testing.T) {
 	t.Parallel()
 	u := createDatabase(t)
 	for _, database := range []string{"an empty database", "a current one"} {
-		if status, p := runMigrate(t, thisRelease, u); status != 0 {
+		if status, p := runMigrate(t, u); status != 0 {
 			t.Errorf("migrate %s: exit status %d, want 0: %s", database, status, p.output.String())
 		}
 		wantStep(t, openDB(t, u).pool, 0)
@@ -304,7 +304,7 @@ func TestFailedStartChangesNothing(t *testing.T) {
 	}
 	serve := startProcess(t, "DATABASE_URL="+u)
 	serve.wait(20 * time.Second)
-	_, migrate := runMigrate(t, thisRelease, u)
+	_, migrate := runMigrate(t, u)
 	for _, p := range []*process{serve, migrate} {
 		status, failures := p.cmd.ProcessState.ExitCode(), p.output.messages(t, "ERROR")
 		if status != 1 || len(failures) != 1 || !strings.HasPrefix(failures[0], rejected) {
