@@ -24,15 +24,15 @@ import (
 // A database is a pool of connections to PostgreSQL, and the schema. It connects when a statement
 // needs the first connection.
 type database struct {
-	pool      *pgxpool.Pool
-	connector connector
-	log       *slog.Logger
-	steps     []string        // of schema.sql
-	ready     chan struct{}   // closed once the schema is in place
-	failed    chan error      // receives an error if the schema disappears: the process must end
-	work      context.Context // ends when a shutdown cancels the running statements
-	cancel    func()          // ends work
-	resetting atomic.Bool     // the pool was reset within the last second: see resetReadOnly
+	pool       *pgxpool.Pool
+	connector  connector
+	log        *slog.Logger
+	steps      []string        // of schema.sql
+	ready      chan struct{}   // closed once the schema is in place
+	schemaGone chan error      // receives an error if the schema disappears: the process must end
+	work       context.Context // ends when a shutdown cancels the running statements
+	cancel     func()          // ends work
+	resetting  atomic.Bool     // the pool was reset within the last resetInterval
 
 	statements    atomic.Int64 // that have ended
 	statementTime atomic.Int64 // their total duration in nanoseconds
@@ -50,15 +50,21 @@ func openDatabase(databaseURL string, log *slog.Logger) (*database, error) {
 
 func newDatabase(config *pgxpool.Config, log *slog.Logger) (*database, error) {
 	d := &database{log: log, steps: schemaSteps(schema), ready: make(chan struct{}),
-		failed: make(chan error, 1)}
+		schemaGone: make(chan error, 1)}
 	d.work, d.cancel = context.WithCancel(context.Background())
 	config.BeforeConnect = d.connector.beforeConnect
-	config.AfterConnect = d.connector.afterConnect
-	// After a failed ping the other idle connections are probably broken too, and each would cost a
-	// request another ping. Closing the socket frees the slot: see tryQuery.
+	config.AfterConnect = func(context.Context, *pgx.Conn) error {
+		d.connector.ended(nil)
+		return nil
+	}
+	// The pool closes a broken connection after a failed ping. Then the other idle connections are
+	// probably broken too, and each would cost a request another ping.
 	config.BeforeClose = func(conn *pgx.Conn) {
-		if conn.IsClosed() {
-			conn.PgConn().Conn().Close()
+		if !conn.IsClosed() {
+			return
+		}
+		conn.PgConn().Conn().Close()       // a silent server would occupy the slot for 15 s
+		if d.pool.Stat().IdleConns() > 0 { // otherwise Reset would only discard new connections
 			d.pool.Reset()
 		}
 	}
@@ -87,8 +93,8 @@ func poolConfig(databaseURL string) (*pgxpool.Config, error) {
 		return nil, errors.New("DATABASE_URL is not set: " +
 			"set it to the postgres:// connection string that the Neon console shows")
 	}
-	// pgx takes a part of a password that is not percent-encoded for the host or the database, and
-	// shows these in its errors. So the string must have the parts that it seems to have.
+	// If a password is not percent-encoded, pgx can take a part of it for the host or the database,
+	// which its errors show. So the string must have the form that it seems to have.
 	wellFormed := regexp.MustCompile(
 		`^postgres(ql)?://([^@/?\s]*@)?[^@/?\s]+(/[^@/?\s]*)?(\?[^@\s]*)?$`)
 	base, params, _ := strings.Cut(databaseURL, "?")
@@ -104,7 +110,8 @@ func poolConfig(databaseURL string) (*pgxpool.Config, error) {
 		return nil, errors.New("DATABASE_URL: default_query_exec_mode=describe_exec is rejected, " +
 			"because behind a pooler it can return the rows of another user")
 	}
-	// pgx would try the addresses of a name one after the other. net.Dialer races them (RFC 8305).
+	// pgx would give each address of a name connect_timeout. net.Dialer tries IPv6 and IPv4 side by
+	// side (RFC 6555), and divides dialTimeout among the addresses.
 	conn.LookupFunc = func(_ context.Context, host string) ([]string, error) {
 		return []string{host}, nil
 	}
@@ -144,41 +151,26 @@ type connector struct {
 // connectInterval is the time between two attempts to connect after one has failed.
 const connectInterval = time.Second
 
-var errTooSoon = errors.New("the last attempt to connect has just failed")
-
-// beforeConnect rejects an attempt within connectInterval of a failed one. It does not wait, so
-// that the request can use a connection that becomes idle in the meantime.
+// beforeConnect rejects an attempt within connectInterval of a failed one, with its error. It does
+// not wait, so that the request can use a connection that becomes idle in the meantime.
 func (c *connector) beforeConnect(context.Context, *pgx.ConnConfig) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.failure != nil && time.Since(c.tried) < connectInterval {
-		return fmt.Errorf("%w: %w", errTooSoon, c.failure)
+		return c.failure
 	}
 	c.tried = time.Now()
 	return nil
 }
 
-func (c *connector) afterConnect(context.Context, *pgx.Conn) error {
+// ended records the result of an attempt. It reports whether the attempt is the first one that
+// failed since the last success.
+func (c *connector) ended(err error) (first bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.failure = nil
-	return nil
-}
-
-// failed records a failed attempt and reports whether it is the first one.
-func (c *connector) failed(err error) (first bool) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	first = c.failure == nil
+	first = err != nil && c.failure == nil
 	c.failure = err
 	return first
-}
-
-// failing reports whether the last attempt to connect has failed.
-func (c *connector) failing() bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.failure != nil
 }
 
 // acquire returns a connection of the pool. It waits for one until ctx is done, and tries again
@@ -191,11 +183,9 @@ func (d *database) acquire(ctx context.Context) (*pgxpool.Conn, error) {
 		switch {
 		case err == nil:
 			return conn, nil
-		case errors.Is(err, errTooSoon):
+		case errors.As(err, new(*pgconn.ConnectError)):
 			failure = err
-		case isConnectError(err):
-			failure = err
-			if d.connector.failed(err) {
+			if d.connector.ended(err) {
 				d.log.WarnContext(ctx, "cannot connect to the database: trying again",
 					"error", truncate(err.Error(), maxLogged))
 			}
@@ -206,12 +196,6 @@ func (d *database) acquire(ctx context.Context) (*pgxpool.Conn, error) {
 		}
 		backoff(ctx)
 	}
-}
-
-// isConnectError reports whether an attempt to connect has failed.
-func isConnectError(err error) bool {
-	_, ok := errors.AsType[*pgconn.ConnectError](err)
-	return ok
 }
 
 const maxBackoff = 100 * time.Millisecond
@@ -250,27 +234,31 @@ const (
 //	a read-only session after a failover (25006)   once, on another connection
 //	the connection broke                           once, if policy is retry
 //
-// query returns errNotSent if no statement was sent, and errUnavailable if the database canceled
-// the statement or did not answer: it may have run. Any other error is a fault of the statement.
+// query returns errNotSent if no statement was sent, and errUnavailable if the database is
+// unavailable or did not answer: the statement may have run. Any other error is a fault of the
+// statement.
 //
-// A connection broke if pgx has closed it. pgconn.SafeToRetry is not used, because in pgx 5.9 to
-// 5.12 it is true for some statements that ran. SQLSTATE XX000 tells nothing, because Neon's proxy
-// reports its own failures so.
+// A connection is broken if pgx has closed it. pgconn.SafeToRetry is not used, because in pgx 5.9
+// to 5.12 it is true for some statements that ran. SQLSTATE XX000 does not tell either, because
+// Neon's proxy also reports its own failures as XX000.
 func query[T any](
 	ctx context.Context, d *database, policy retryPolicy,
 	scan pgx.RowToFunc[T], sql string, args ...any,
 ) ([]T, error) {
 	defer addSince(&entryOf(ctx).database, time.Now())
-	if err := d.waitForSchema(ctx); err != nil {
-		return nil, err
+	select {
+	case <-d.ready:
+	case <-ctx.Done():
+		return nil, fmt.Errorf("%w: wait for the schema: %w", errNotSent, ctx.Err())
 	}
-	unavailable, resent, unprepared := errNotSent, false, false
+	failure := errNotSent
+	var broke, readOnly, unprepared bool
 	for {
 		conn, err := d.acquire(ctx)
 		if err != nil {
-			return nil, fmt.Errorf("%w: %w", unavailable, err)
+			return nil, fmt.Errorf("%w: %w", failure, err)
 		}
-		unavailable = errUnavailable
+		failure = errUnavailable
 		rows, broken, err := tryQuery(ctx, d, conn, scan, sql, args...)
 		again := false
 		switch code := sqlState(err); {
@@ -278,8 +266,8 @@ func query[T any](
 			return rows, nil
 		case broken:
 			d.pool.Reset() // after a restart the other connections are broken too
-			again = policy == retry && !resent
-			resent = true
+			again = policy == retry && !broke
+			broke = true
 		case code == "40001" || code == "40P01": // serialization failure, deadlock
 			again = backoff(ctx)
 		case code == "0A000" || code == "26000" || code == "42P05":
@@ -289,12 +277,12 @@ func query[T any](
 			args = append([]any{pgx.QueryExecModeExec}, args...)
 		case code == "25006":
 			d.resetReadOnly()
-			again = !resent
-			resent = true
+			again = !readOnly
+			readOnly = true
 		}
 		switch {
 		case again:
-		case broken || transient(err) || d.schemaLost(err):
+		case broken || transient(err) || d.endIfSchemaGone(err):
 			return nil, fmt.Errorf("%w: %w", errUnavailable, err)
 		default:
 			return nil, err
@@ -325,22 +313,14 @@ func tryQuery[T any](
 	scan pgx.RowToFunc[T], sql string, args ...any,
 ) (rows []T, broken bool, err error) {
 	deadline, _ := ctx.Deadline()
-	run, cancel := context.WithDeadline(context.WithoutCancel(ctx), deadline)
+	run, cancel := context.WithDeadline(d.work, deadline)
 	defer cancel()
-	defer context.AfterFunc(d.work, cancel)()
 	defer func() {
-		c := conn.Conn().PgConn()
-		if !c.IsClosed() {
+		if conn.Conn().IsClosed() {
+			go discard(conn)
+		} else {
 			conn.Release()
-			return
 		}
-		// pgx sends a cancel request and then waits up to 15 s for a silent server, unless the socket
-		// is closed. Hijack frees the slot like Release, but does not call BeforeClose.
-		c.Conn().Close()
-		go func() {
-			<-c.CleanupDone() // so that the server has no more sessions than the pool has slots
-			conn.Hijack()
-		}()
 	}()
 	start := time.Now()
 	found, err := conn.Query(run, sql, args...)
@@ -354,12 +334,31 @@ func tryQuery[T any](
 	return rows, conn.Conn().IsClosed(), err
 }
 
-// resetReadOnly closes the pool's connections so that the next ones reach the primary, once a
-// second at most.
+// closeTimeout limits how long a broken connection occupies its slot in the pool.
+const closeTimeout = time.Second
+
+// discard frees the slot of a broken connection. pgx sends a cancel request and closes the
+// connection in the background, for up to 15 s if the server is silent. Before the request was
+// sent, the socket must not be closed, because a pooler would then ignore the request. Hijack,
+// unlike Release, does not call BeforeClose.
+func discard(conn *pgxpool.Conn) {
+	c := conn.Conn().PgConn()
+	select {
+	case <-c.CleanupDone():
+	case <-time.After(closeTimeout):
+		c.Conn().Close()
+	}
+	conn.Hijack()
+}
+
+// resetInterval is the least time between two resets of the pool after a failover.
+const resetInterval = time.Second
+
+// resetReadOnly closes the pool's connections, so that new ones reach the primary.
 func (d *database) resetReadOnly() {
 	if !d.resetting.Swap(true) {
 		d.pool.Reset()
-		time.AfterFunc(time.Second, func() { d.resetting.Store(false) })
+		time.AfterFunc(resetInterval, func() { d.resetting.Store(false) })
 	}
 }
 
@@ -414,10 +413,13 @@ func (d *database) observe(
 // addSince adds the time since start to sum.
 func addSince(sum *time.Duration, start time.Time) { *sum += time.Since(start) }
 
-// schema is a list of steps. The table's comment contains how many of them a database has.
+// schema is a list of steps.
 //
 //go:embed schema.sql
 var schema string
+
+// stepComment is the table's comment without the number of the last applied step.
+const stepComment = "todo-app schema step "
 
 // schemaSteps splits the text of schema.sql at its lines "-- step N: title". A step begins with its
 // title.
@@ -437,17 +439,6 @@ const (
 var errForeignTable = errors.New("public.tasks exists but was not created by this service, which " +
 	"leaves it untouched: move it into another schema, or rename it and its indexes; " +
 	"after a restore without comments see docs/moving.md")
-
-// waitForSchema waits until the schema is in place. It returns errNotSent when ctx is done.
-func (d *database) waitForSchema(ctx context.Context) error {
-	defer addSince(&entryOf(ctx).waiting, time.Now())
-	select {
-	case <-d.ready:
-		return nil
-	case <-ctx.Done():
-		return fmt.Errorf("%w: wait for the schema: %w", errNotSent, ctx.Err())
-	}
-}
 
 // ensureSchema brings the schema up to date and then lets the waiting statements run. It returns an
 // error if the database is unreachable for startTimeout, rejects a step, or has another
@@ -488,7 +479,7 @@ func (d *database) applySteps(ctx context.Context, deadline time.Time) error {
 	}
 	defer conn.Release()
 	for {
-		applied, err := appliedSteps(ctx, conn)
+		applied, err := appliedSteps(ctx, conn.Conn())
 		if err != nil || applied >= len(d.steps) {
 			return err
 		}
@@ -502,12 +493,13 @@ func (d *database) applySteps(ctx context.Context, deadline time.Time) error {
 func (d *database) applyStep(ctx context.Context, conn *pgxpool.Conn, n int) error {
 	title, sql, _ := strings.Cut(d.steps[n-1], "\n")
 	name := fmt.Sprintf("schema.sql, step %d (%s)", n, strings.TrimSpace(title))
-	// A snapshot from before the lock, as other isolation levels have, would not contain the changes
-	// of the lock's previous holder.
+	// At other isolation levels the snapshot is older than the lock, and would not contain the
+	// changes of the lock's previous holder.
 	options := pgx.TxOptions{IsoLevel: pgx.ReadCommitted, AccessMode: pgx.ReadWrite}
 	err := pgx.BeginTxFunc(ctx, conn, options, func(tx pgx.Tx) error {
-		// Without arguments pgx sends several statements in one text. The lock belongs to the
-		// transaction, because behind a pooler a session's lock would outlive the session.
+		// pgx sends a text without arguments by the simple protocol, which accepts several
+		// statements. The lock belongs to the transaction, because behind a pooler a session's lock
+		// would outlive the session.
 		_, err := tx.Exec(ctx, fmt.Sprintf(`
 			SET LOCAL lock_timeout = %d;
 			SET LOCAL statement_timeout = 0;
@@ -516,13 +508,13 @@ func (d *database) applyStep(ctx context.Context, conn *pgxpool.Conn, n int) err
 		if err != nil {
 			return err
 		}
-		applied, err := appliedSteps(ctx, tx)
+		applied, err := appliedSteps(ctx, tx.Conn())
 		if err != nil || applied != n-1 {
 			return err
 		}
 		d.log.Info("applying "+name, "schema_step", n)
 		_, err = tx.Exec(ctx, fmt.Sprintf("%s\n;\n"+
-			"COMMENT ON TABLE public.tasks IS 'todo-app schema step %d'", sql, n))
+			"COMMENT ON TABLE public.tasks IS '%s%d'", sql, stepComment, n))
 		return err
 	})
 	if pg, ok := errors.AsType[*pgconn.PgError](err); ok && strings.HasPrefix(pg.Code, "22") {
@@ -537,12 +529,10 @@ func (d *database) applyStep(ctx context.Context, conn *pgxpool.Conn, n int) err
 // appliedSteps returns how many steps the database has, 0 if there is no table public.tasks, or
 // errForeignTable. It reads the catalog's rows, because functions such as to_regclass read a cache
 // that can be stale.
-func appliedSteps(ctx context.Context, on interface {
-	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
-}) (int, error) {
+func appliedSteps(ctx context.Context, conn *pgx.Conn) (int, error) {
 	ctx, cancel := context.WithTimeout(ctx, catalogTimeout)
 	defer cancel()
-	rows, err := on.Query(ctx, `
+	rows, err := conn.Query(ctx, `
 		SELECT COALESCE(d.description, '')
 		FROM pg_catalog.pg_class c
 		JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
@@ -559,7 +549,7 @@ func appliedSteps(ctx context.Context, on interface {
 	case len(comments) == 0:
 		return 0, nil
 	}
-	text, ours := strings.CutPrefix(comments[0], "todo-app schema step ")
+	text, ours := strings.CutPrefix(comments[0], stepComment)
 	applied, err := strconv.Atoi(text)
 	if !ours || err != nil || applied < 1 {
 		return 0, errForeignTable
@@ -567,18 +557,18 @@ func appliedSteps(ctx context.Context, on interface {
 	return applied, nil
 }
 
-// schemaLost reports whether an error means that the table, a column or the schema of our own
-// statement does not exist. Then the process must end: the platform starts it again, and the start
+// endIfSchemaGone ends the process if the table, a column or the schema of our own statement does
+// not exist, and reports whether that is so. The platform starts the process again, and the start
 // applies missing steps. An error out of a trigger's function has a context (Where) and is a fault
 // of that function.
-func (d *database) schemaLost(err error) bool {
+func (d *database) endIfSchemaGone(err error) bool {
 	pg, ok := errors.AsType[*pgconn.PgError](err)
 	if !ok || pg.Where != "" || !slices.Contains([]string{"42P01", "42703", "3F000"}, pg.Code) {
 		return false
 	}
 	select {
-	case d.failed <- fmt.Errorf("the schema of the database is missing or incomplete, was it dropped "+
-		"or restored? The next start applies missing steps: %w", err):
+	case d.schemaGone <- fmt.Errorf("the schema of the database is missing or incomplete, was it "+
+		"dropped or restored? The next start applies missing steps: %w", err):
 	default: // another request has sent it
 	}
 	return true

@@ -543,6 +543,13 @@ func TestBrokenConnectionsAreNoticed(t *testing.T) {
 	}
 }
 
+// connectFails reports whether the last attempt to connect has failed.
+func connectFails(d *database) bool {
+	d.connector.mu.Lock()
+	defer d.connector.mu.Unlock()
+	return d.connector.failure != nil
+}
+
 // Requests wait for an unreachable database until their deadline. About one attempt a second is
 // made to connect, until one succeeds, which takes at most 2 s after the recovery.
 func TestOutage(t *testing.T) {
@@ -563,7 +570,7 @@ func TestOutage(t *testing.T) {
 		}
 	}
 	first := inParallel(1, wait)
-	eventually(t, "failed attempt to connect", d.connector.failing)
+	eventually(t, "failed attempt to connect", func() bool { return connectFails(d) })
 	others := inParallel(20, wait)
 	start, dials := time.Now(), r.dials.Load()
 	eventually(t, "five attempts to connect", func() bool { return r.dials.Load() >= dials+5 })
@@ -578,7 +585,7 @@ func TestOutage(t *testing.T) {
 	recovered := inParallel(1, func() { c.list("") })
 	eventually(t, "attempt to connect", func() bool { return r.dials.Load() > dials })
 	took := time.Since(start) // without TLS and SCRAM, which take a second on a busy machine
-	if <-recovered; took > 2*time.Second || d.connector.failing() {
+	if <-recovered; took > 2*time.Second || connectFails(d) {
 		t.Errorf("the first attempt after the recovery came after %v, want 2 s at most", took)
 	}
 }
@@ -607,7 +614,7 @@ func TestRejectedConnectionHarmsNobody(t *testing.T) {
 			t.Errorf("list after the lock was released = %v %v, want 200", a, err)
 		}
 	})
-	eventually(t, "rejected connection", d.connector.failing)
+	eventually(t, "rejected connection", func() bool { return connectFails(d) })
 	start := time.Now()
 	a := busy.do("GET", "", "")
 	if took := time.Since(start); a.status != 429 || took < 5*time.Second || took > 15*time.Second {

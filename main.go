@@ -683,8 +683,7 @@ func (s *server) record(w *response, r *http.Request, e *entry) {
 	s.counting.Unlock()
 	level := slog.LevelInfo
 	switch {
-	case w.status == http.StatusServiceUnavailable,
-		w.status == statusDisconnected && s.db.connector.failing():
+	case w.status == http.StatusServiceUnavailable:
 		level = slog.LevelWarn
 	case w.status >= 500 || e.err != nil && w.status < 400: // an error after the header was written
 		level = slog.LevelError
@@ -798,7 +797,7 @@ func (s *server) run(ctx context.Context) error {
 	}()
 	select {
 	case err = <-failed:
-	case err = <-s.db.failed:
+	case err = <-s.db.schemaGone:
 	case <-ctx.Done():
 	}
 	stop() // a second signal ends the process at once

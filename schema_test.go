@@ -357,8 +357,8 @@ func TestErrorsOfTriggersEndNothing(t *testing.T) {
 		FOR EACH ROW EXECUTE FUNCTION public.fail()`)
 	c := startService(t, d, settings{}).newClient()
 	for _, code := range []string{"42P01", "42703", "3F000"} {
-		if a := c.do("POST", "", `{"title": "`+code+`"}`); a.status != 500 || len(d.failed) != 0 {
-			t.Errorf("%s: create = %v, %d reasons to exit, want 500 and none", code, a, len(d.failed))
+		if a := c.do("POST", "", `{"title": "`+code+`"}`); a.status != 500 || len(d.schemaGone) != 0 {
+			t.Errorf("%s: create = %v, %d reasons to exit, want 500 and none", code, a, len(d.schemaGone))
 		}
 	}
 }

@@ -75,10 +75,10 @@ func (t timestamp) MarshalText() ([]byte, error) {
 // same updated_at.
 func (t task) etag() string { return `"` + t.UpdatedAt.String() + `"` }
 
-// A versions is the value of If-Match or If-None-Match.
-type versions struct {
-	any  bool        // the value is *
-	list []time.Time // of the entity-tags of this service; another tag matches no version
+// A precondition is the value of If-Match or If-None-Match.
+type precondition struct {
+	any      bool        // the value is *
+	versions []time.Time // that it names; tags of other services are ignored
 }
 
 // ourTag matches an entity-tag of this service. A proxy that compresses responses puts W/ in front
@@ -87,25 +87,27 @@ type versions struct {
 var ourTag = regexp.MustCompile(
 	`"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z)([^0-9A-Za-z"][^"]*)?"`)
 
-// readVersions reads a header, and returns absent if the request does not have it.
-func readVersions(r *http.Request, header string, absent versions) (v versions, err error) {
+// readPrecondition parses a header. Without the header it returns ifAbsent.
+func readPrecondition(
+	r *http.Request, header string, ifAbsent precondition,
+) (p precondition, err error) {
 	if r.Header[header] == nil {
-		return absent, nil
+		return ifAbsent, nil
 	}
 	text := strings.Join(r.Header[header], ",")
 	if strings.TrimSpace(text) == "*" {
-		return versions{any: true}, nil
+		return precondition{any: true}, nil
 	}
 	if strings.Count(text, `"`) < 2 {
-		return v, invalid("%s must be * or a list of entity-tags such as %s, in double quotes",
+		return p, invalid("%s must be * or a list of entity-tags such as %s, in double quotes",
 			header, task{}.etag())
 	}
 	for _, match := range ourTag.FindAllStringSubmatch(text, -1) {
 		if version, err := time.Parse(timestampFormat, match[1]); err == nil {
-			v.list = append(v.list, version)
+			p.versions = append(p.versions, version)
 		}
 	}
-	return v, nil
+	return p, nil
 }
 
 func writeTask(w http.ResponseWriter, status int, t task) error {
@@ -113,8 +115,8 @@ func writeTask(w http.ResponseWriter, status int, t task) error {
 	return writeJSON(w, status, t)
 }
 
-// A change is what a request body sets. In an update, a field that is nil keeps its value, with PUT
-// too: a client that does not know a field must not clear it.
+// A change is what a request body sets. In an update a field that is nil keeps the task's value, in
+// a PUT too, because a client must not clear a field that it does not know.
 type change struct {
 	title          *string
 	description    *string
@@ -141,12 +143,11 @@ func readChange(r *http.Request) (c change, err error) {
 			return c, invalid("title must not be blank")
 		}
 	}
-	if raw, ok := members["description"]; ok {
-		c.setDescription = true
-		if string(raw) != "null" {
-			if c.description, err = parseText("description", raw, maxDescription); err != nil {
-				return c, err
-			}
+	raw, ok := members["description"]
+	c.setDescription = ok
+	if ok && string(raw) != "null" {
+		if c.description, err = parseText("description", raw, maxDescription); err != nil {
+			return c, err
 		}
 	}
 	c.completed, err = parseCompleted(members)
@@ -200,7 +201,7 @@ func (s *server) createTask(w http.ResponseWriter, r *http.Request, key taskKey)
 }
 
 // readIdempotencyKey returns the key of a create, nil if it has none. The minimum length rejects
-// what buggy clients send for every task, such as undefined.
+// what buggy clients send for every task, such as "undefined".
 func readIdempotencyKey(r *http.Request) (*string, error) {
 	keys := r.Header["Idempotency-Key"]
 	if keys == nil {
@@ -217,14 +218,14 @@ func readIdempotencyKey(r *http.Request) (*string, error) {
 }
 
 // fingerprint returns a hash of a create's body. It covers only the fields that differ from their
-// defaults, so that a field added in a later release does not change it. U+0000 cannot occur in a
-// value.
+// defaults, so that a field added in a later release does not change it. U+0000 separates the
+// fields, because no value contains it.
 func (c change) fingerprint() []byte {
 	fields := []string{"title", *c.title}
 	if c.description != nil {
 		fields = append(fields, "description", *c.description)
 	}
-	if *c.completed {
+	if c.completed != nil && *c.completed {
 		fields = append(fields, "completed", "true")
 	}
 	hash := sha256.Sum256([]byte(strings.Join(fields, "\x00")))
@@ -235,17 +236,14 @@ func (c change) fingerprint() []byte {
 type insertedTask struct {
 	task
 	Replayed bool // an earlier request with the key created the task
-	SameBody bool
+	SameBody bool // the body is that of the earlier request, or there is no key
 }
 
-// insert creates a task. If the key was used before, it returns that request's task in its current
-// state, and true, or errKeyReused if the body was different.
+// insert creates a task. For a key that was used before it returns the existing task and true, or
+// errKeyReused if the body was different.
 func (d *database) insert(
 	ctx context.Context, user string, c change, key *string,
 ) (t task, replayed bool, err error) {
-	if c.completed == nil {
-		c.completed = new(false)
-	}
 	var hash []byte
 	if key != nil {
 		hash = c.fingerprint()
@@ -255,7 +253,7 @@ func (d *database) insert(
 	// not in its snapshot. xmax is 0 only in a new row.
 	row, err := one(query(ctx, d, retryPolicy(key != nil), pgx.RowToStructByPos[insertedTask], `
 		INSERT INTO public.tasks (user_id, title, description, completed, idempotency_key, request_hash)
-		VALUES (@user_id, @title, @description, @completed, @key, @hash)
+		VALUES (@user_id, @title, @description, COALESCE(@completed, false), @key, @hash)
 		ON CONFLICT (user_id, idempotency_key) WHERE idempotency_key IS NOT NULL
 		DO UPDATE SET idempotency_key = tasks.idempotency_key
 		RETURNING `+columns+`, xmax <> 0, request_hash IS NOT DISTINCT FROM @hash`,
@@ -269,10 +267,10 @@ func (d *database) insert(
 
 // A page is what the query string of a list requests.
 type page struct {
-	completed     *bool
+	completed     *bool // nil for all tasks
 	limit, offset int64
 	before        int64 // the keyset cursor: only tasks with smaller ids
-	total         bool
+	total         bool  // also count the tasks of all pages
 }
 
 // readPage reads the query string of a list.
@@ -352,17 +350,17 @@ func (s *server) listTasks(w http.ResponseWriter, r *http.Request, key taskKey) 
 
 // list returns a page of tasks and, if there are more, the first task of the next page.
 //
-// With user_id = $1 AND id < $2 the planner may sort or filter all tasks of a user, namely when its
-// statistics are wrong, as after a restore. A row comparison fits only one index, which has the
-// rows in the order of the list. The planner makes no estimate from a sub-select's value. So one
-// plan is left: to read that index backward from the cursor. TestListsReadOneIndex has the cases.
+// With user_id = $1 AND id < $2 the planner may sort or filter all tasks of a user if its
+// statistics are wrong, as after a restore. A row comparison fits one index only, and sub-selects
+// hide their values from the planner's estimates. So it reads that index backward from the cursor.
+// TestListsReadOneIndex has the cases.
 func (d *database) list(ctx context.Context, user string, p page) ([]task, error) {
 	where := `
 		WHERE (user_id, id) BETWEEN ((SELECT @user_id), 1) AND ((SELECT @user_id), @last)
 		ORDER BY user_id DESC, id DESC`
 	args := pgx.StrictNamedArgs{"user_id": user, "last": p.before - 1, "limit": p.limit + 1,
 		"offset": p.offset}
-	if p.completed != nil { // the second condition keeps the planner from the primary key
+	if p.completed != nil { // without the second condition, the planner may sort by the primary key
 		where = `
 		WHERE (user_id, completed, id)
 		          BETWEEN ((SELECT @user_id), (SELECT @completed::boolean), 1)
@@ -386,7 +384,7 @@ func (d *database) count(ctx context.Context, user string, completed *bool) (int
 }
 
 func (s *server) getTask(w http.ResponseWriter, r *http.Request, key taskKey) error {
-	known, err := readVersions(r, "If-None-Match", versions{})
+	known, err := readPrecondition(r, "If-None-Match", precondition{})
 	if err != nil {
 		return err
 	}
@@ -394,7 +392,7 @@ func (s *server) getTask(w http.ResponseWriter, r *http.Request, key taskKey) er
 	if err != nil {
 		return err
 	}
-	if known.any || slices.ContainsFunc(known.list, time.Time(t.UpdatedAt).Equal) {
+	if known.any || slices.ContainsFunc(known.versions, time.Time(t.UpdatedAt).Equal) {
 		w.Header().Set("ETag", t.etag())
 		w.WriteHeader(http.StatusNotModified)
 		return nil
@@ -430,11 +428,11 @@ func (s *server) completeTask(w http.ResponseWriter, r *http.Request, key taskKe
 	return s.applyChange(w, r, key, change{completed: completed, toggle: completed == nil})
 }
 
-// applyChange changes a task if its version is in If-Match.
+// applyChange changes a task, unless If-Match names other versions.
 func (s *server) applyChange(
 	w http.ResponseWriter, r *http.Request, key taskKey, c change,
 ) error {
-	match, err := readVersions(r, "If-Match", versions{any: true})
+	match, err := readPrecondition(r, "If-Match", precondition{any: true})
 	if err != nil {
 		return err
 	}
@@ -449,7 +447,7 @@ func (s *server) applyChange(
 // of different fields are all kept. updated_at increases even if the clock has not advanced or was
 // set back.
 func (d *database) update(
-	ctx context.Context, key taskKey, match versions, c change,
+	ctx context.Context, key taskKey, match precondition, c change,
 ) (task, error) {
 	return d.modify(ctx, key, match, `
 		UPDATE public.tasks
@@ -462,7 +460,7 @@ func (d *database) update(
 }
 
 func (s *server) deleteTask(w http.ResponseWriter, r *http.Request, key taskKey) error {
-	match, err := readVersions(r, "If-Match", versions{any: true})
+	match, err := readPrecondition(r, "If-Match", precondition{any: true})
 	if err != nil {
 		return err
 	}
@@ -473,7 +471,7 @@ func (s *server) deleteTask(w http.ResponseWriter, r *http.Request, key taskKey)
 	return nil
 }
 
-func (d *database) delete(ctx context.Context, key taskKey, match versions) error {
+func (d *database) delete(ctx context.Context, key taskKey, match precondition) error {
 	_, err := d.modify(ctx, key, match, `DELETE FROM public.tasks`, pgx.StrictNamedArgs{})
 	return err
 }
@@ -481,19 +479,18 @@ func (d *database) delete(ctx context.Context, key taskKey, match versions) erro
 // modify runs an UPDATE or DELETE, to which it adds the WHERE and RETURNING clauses and their
 // arguments. It returns the task, or errChanged if match does not contain the task's version.
 func (d *database) modify(
-	ctx context.Context, key taskKey, match versions, statement string, args pgx.StrictNamedArgs,
+	ctx context.Context, key taskKey, match precondition, statement string, args pgx.StrictNamedArgs,
 ) (task, error) {
 	args["user_id"], args["id"] = key.user, key.id
-	args["any"], args["versions"] = match.any, match.list
+	args["any"], args["versions"] = match.any, match.versions
 	t, err := one(query(ctx, d, noRetry, pgx.RowToStructByPos[task], statement+`
 		WHERE user_id = @user_id AND id = @id
 		  AND (@any::boolean OR updated_at = ANY (@versions::timestamptz[]))
 		RETURNING `+columns, args))
 	if errors.Is(err, errNotFound) && !match.any {
-		if _, err := d.get(ctx, key); err != nil {
-			return t, err
+		if _, err = d.get(ctx, key); err == nil {
+			err = errChanged
 		}
-		return t, errChanged
 	}
 	return t, err
 }
