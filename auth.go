@@ -3,12 +3,11 @@ package main
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
-	"unicode/utf8"
 
 	"github.com/golang-jwt/jwt/v5"
 )
@@ -24,31 +23,30 @@ const (
 // An authenticator verifies the HS256 tokens (RFC 7519) that the front end signs with Better
 // Auth's secret. It has no list of users: the user of a request is the sub of its token.
 type authenticator struct {
-	keys             jwt.VerificationKeySet // the first one signs
-	parser           *jwt.Parser
-	audience, issuer string   // required in a token unless ""
-	warnings         []string // about the secrets, without any part of them
+	keys     jwt.VerificationKeySet // the first one signs
+	parser   *jwt.Parser
+	claims   jwt.MapClaims // aud and iss of the tokens that sign makes, if they are required
+	warnings []string      // about the secrets, without any part of them
 }
 
 // newAuthenticator reads BETTER_AUTH_SECRET, BETTER_AUTH_SECRETS, JWT_AUDIENCE and JWT_ISSUER. Its
 // errors name the setting and contain no part of a secret.
 func newAuthenticator(getenv func(string) string) (*authenticator, error) {
-	a := &authenticator{audience: strings.TrimSpace(getenv("JWT_AUDIENCE")),
-		issuer: strings.TrimSpace(getenv("JWT_ISSUER"))}
-	secret, list := getenv("BETTER_AUTH_SECRET"), getenv("BETTER_AUTH_SECRETS")
-	if secret == "" && list == "" {
-		return nil, errors.New("BETTER_AUTH_SECRET is not set: " +
-			"set it to the secret of the same name in the Next.js application")
-	}
-	if secret != "" { // neither decoded nor trimmed, as in Better Auth
+	a := &authenticator{claims: jwt.MapClaims{}}
+	if secret := getenv("BETTER_AUTH_SECRET"); secret != "" {
+		// Neither decoded nor trimmed, as in Better Auth.
 		if err := a.addKey("BETTER_AUTH_SECRET", secret); err != nil {
 			return nil, err
 		}
 	}
-	if list != "" {
-		if err := a.addKeys("BETTER_AUTH_SECRETS", list); err != nil {
+	if list := getenv("BETTER_AUTH_SECRETS"); list != "" {
+		if err := a.addKeys(list); err != nil {
 			return nil, err
 		}
+	}
+	if a.keys.Keys == nil {
+		return nil, errors.New("BETTER_AUTH_SECRET is not set: " +
+			"set it to the secret of the same name in the Next.js application")
 	}
 	options := []jwt.ParserOption{
 		// Without this, a token with HS384 or HS512 and the same secret would be valid.
@@ -57,29 +55,28 @@ func newAuthenticator(getenv func(string) string) (*authenticator, error) {
 		jwt.WithLeeway(clockLeeway),
 		jwt.WithStrictDecoding(),
 	}
-	if a.audience != "" {
-		options = append(options, jwt.WithAudience(a.audience))
+	if audience := strings.TrimSpace(getenv("JWT_AUDIENCE")); audience != "" {
+		options = append(options, jwt.WithAudience(audience))
+		a.claims["aud"] = audience
 	}
-	if a.issuer != "" {
-		options = append(options, jwt.WithIssuer(a.issuer))
+	if issuer := strings.TrimSpace(getenv("JWT_ISSUER")); issuer != "" {
+		options = append(options, jwt.WithIssuer(issuer))
+		a.claims["iss"] = issuer
 	}
 	a.parser = jwt.NewParser(options...)
 	return a, nil
 }
 
-// addKeys adds the secrets of a rotation list (2:new,1:old), the current one first. Like Better
-// Auth, it trims white space around versions and secrets. A version must be digits.
-func (a *authenticator) addKeys(setting, list string) error {
-	seen := map[uint64]bool{}
+// addKeys adds the secrets of a rotation list (2:new,1:old), whose first entry is the current one.
+// Like Better Auth, it trims white space around versions and secrets. A version must be digits.
+func (a *authenticator) addKeys(list string) error {
 	for i, entry := range strings.Split(list, ",") {
 		version, secret, _ := strings.Cut(entry, ":")
-		n, err := strconv.ParseUint(strings.TrimSpace(version), 10, 64)
-		if err != nil || seen[n] {
-			return fmt.Errorf("%s must be a list like 2:new,1:old; "+
-				"entry %d has no version, or the version of another entry", setting, i+1)
+		if _, err := strconv.ParseUint(strings.TrimSpace(version), 10, 64); err != nil {
+			return fmt.Errorf("BETTER_AUTH_SECRETS must be a list like 2:new,1:old; "+
+				"entry %d has no version", i+1)
 		}
-		seen[n] = true
-		name := fmt.Sprintf("%s entry %d", setting, i+1)
+		name := fmt.Sprintf("BETTER_AUTH_SECRETS entry %d", i+1)
 		if err := a.addKey(name, strings.TrimSpace(secret)); err != nil {
 			return err
 		}
@@ -90,20 +87,18 @@ func (a *authenticator) addKeys(setting, list string) error {
 // addKey adds a secret. It rejects one that is public or too short; golang-jwt itself accepts even
 // an empty key. A secret that was probably copied wrong gets a warning.
 func (a *authenticator) addKey(setting, secret string) error {
-	public := []string{ // Better Auth's defaults, up to 1.3 and since
-		"better-auth-secret-123456789", "better-auth-secret-12345678901234567890"}
+	const public = "better-auth-secret-12345678901234567890" // Better Auth's default
 	const remedy = "make one with `openssl rand -base64 32`"
 	switch {
-	case slices.Contains(public, strings.TrimSpace(secret)):
+	case strings.TrimSpace(secret) == public:
 		return fmt.Errorf("%s is a published default: %s", setting, remedy)
 	case len(secret) < minSecret:
 		return fmt.Errorf("%s has fewer than %d bytes: %s", setting, minSecret, remedy)
 	}
 	const marks = "\ufeff\"'`\u201c\u201d\u2018\u2019" // a byte order mark, quotation marks
-	if secret != strings.TrimSpace(secret) || secret != strings.Trim(secret, marks) {
+	if secret != strings.Trim(strings.TrimSpace(secret), marks) {
 		a.warnings = append(a.warnings, setting+" begins or ends with white space, a quotation mark or "+
-			"a byte order mark. It is used unchanged: tokens are valid only if the Next.js application "+
-			"has the same value")
+			"a byte order mark, and is used unchanged: is it the same in the Next.js application?")
 	}
 	a.keys.Keys = append(a.keys.Keys, []byte(secret))
 	return nil
@@ -127,12 +122,12 @@ func (a *authenticator) user(r *http.Request) (string, error) {
 // badToken returns an errBadToken. The reason is for the log and must contain no part of the token.
 func badToken(reason string) error { return fmt.Errorf("%w: %s", errBadToken, reason) }
 
-// verify returns the user that a valid token was signed for.
+// verify returns the user that a valid token was signed for, or errBadToken.
 func (a *authenticator) verify(raw string) (string, error) {
 	claims := jwt.MapClaims{} // and not RegisteredClaims, which would read "SUB" as "sub"
 	token, err := a.parser.ParseWithClaims(raw, claims, func(t *jwt.Token) (any, error) {
-		if _, ok := t.Header["crit"]; ok { // extensions, none of which is known; RFC 7515, 4.1.11
-			return nil, errors.New("crit")
+		if _, ok := t.Header["crit"]; ok { // RFC 7515, 4.1.11: no extension is known
+			return nil, errors.New("crit is not supported")
 		}
 		return a.keys, nil
 	})
@@ -148,13 +143,13 @@ func (a *authenticator) verify(raw string) (string, error) {
 	// No other claim replaces sub. Better Auth signs e-mail links and session cookies with the
 	// same secret, and those contain an id and an e-mail address.
 	user, isString := claims["sub"].(string)
-	switch {
+	switch err := checkUser(user); {
 	case claims["sub"] == nil:
 		return "", badToken("sub is missing: is this a session cookie or the token of an e-mail link?")
 	case !isString:
 		return "", badToken("sub is not a string")
-	case checkUser(user) != nil:
-		return "", badToken("sub is not a user id: it is empty, too long or contains U+0000 or U+FFFD")
+	case err != nil:
+		return "", badToken("sub: " + err.Error())
 	}
 	return user, nil
 }
@@ -174,10 +169,10 @@ func hint(token *jwt.Token, err error) string {
 }
 
 // checkUser validates a user id against what the database can store. encoding/json decodes
-// malformed text to U+FFFD, which could make two ids equal.
+// malformed text to U+FFFD, which could make two ids equal. ContainsAny takes invalid UTF-8 for
+// U+FFFD too.
 func checkUser(id string) error {
-	inRange := len(id) >= 1 && len(id) <= maxSubject
-	if !inRange || !utf8.ValidString(id) || strings.ContainsAny(id, "\x00\uFFFD") {
+	if id == "" || len(id) > maxSubject || strings.ContainsAny(id, "\x00\uFFFD") {
 		return fmt.Errorf("a user id must be 1 to %d bytes of UTF-8 without U+0000 and U+FFFD",
 			maxSubject)
 	}
@@ -190,12 +185,7 @@ func (a *authenticator) sign(user string) (string, error) {
 		return "", err
 	}
 	now := time.Now()
-	claims := jwt.MapClaims{"sub": user, "iat": now.Unix(), "exp": now.Add(tokenLifetime).Unix()}
-	if a.audience != "" {
-		claims["aud"] = a.audience
-	}
-	if a.issuer != "" {
-		claims["iss"] = a.issuer
-	}
+	claims := maps.Clone(a.claims)
+	claims["sub"], claims["iat"], claims["exp"] = user, now.Unix(), now.Add(tokenLifetime).Unix()
 	return jwt.NewWithClaims(jwt.SigningMethodHS256, claims).SignedString(a.keys.Keys[0])
 }

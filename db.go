@@ -234,7 +234,7 @@ const (
 //	a read-only session after a failover (25006)   once, on another connection
 //	the connection broke                           once, if policy is retry
 //
-// query returns errNotSent if no statement was sent, and errUnavailable if the database is
+// query returns errNotSent if no statement was sent, and errMayHaveRun if the database is
 // unavailable or did not answer: the statement may have run. Any other error is a fault of the
 // statement.
 //
@@ -258,7 +258,7 @@ func query[T any](
 		if err != nil {
 			return nil, fmt.Errorf("%w: %w", failure, err)
 		}
-		failure = errUnavailable
+		failure = errMayHaveRun
 		rows, broken, err := tryQuery(ctx, d, conn, scan, sql, args...)
 		again := false
 		switch code := sqlState(err); {
@@ -283,7 +283,7 @@ func query[T any](
 		switch {
 		case again:
 		case broken || transient(err) || d.endIfSchemaGone(err):
-			return nil, fmt.Errorf("%w: %w", errUnavailable, err)
+			return nil, fmt.Errorf("%w: %w", errMayHaveRun, err)
 		default:
 			return nil, err
 		}
@@ -329,7 +329,7 @@ func tryQuery[T any](
 	}
 	d.observe(ctx, sql, start, len(rows), err)
 	if err != nil && run.Err() != nil { // timed out or canceled, which does not mean a restart
-		return nil, false, fmt.Errorf("%w: %w", errUnavailable, err)
+		return nil, false, fmt.Errorf("%w: %w", errMayHaveRun, err)
 	}
 	return rows, conn.Conn().IsClosed(), err
 }

@@ -5,7 +5,7 @@
 // A request takes this path:
 //
 //	server.ServeHTTP  headers, deadline, panics, errors, log  main.go
-//	server.forUser    token, user, task id, a slot            main.go, auth.go
+//	server.forUser    token, user, task id, the user's slot   main.go, auth.go
 //	createTask etc.   reads the body or query, writes a task  tasks.go
 //	database.insert   SQL                                     tasks.go
 //	query             schema, connection, retries             db.go
@@ -43,23 +43,25 @@ import (
 )
 
 func main() {
-	// Defaults for a small machine: Fly.io's smallest has 256 MB. With a live heap of about 4 MB,
-	// GOGC=300 saves a quarter of the processor time of a list.
+	// Defaults for Fly.io's smallest machine, 256 MB. GOGC=300 saves a quarter of the processor time
+	// of a list, because the live heap is only about 4 MB.
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(300)
 	}
 	if os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetMemoryLimit(100 << 20) // bytes
 	}
-	signal.Ignore(syscall.SIGPIPE) // a reader of the log that ends costs lines, not the process
-	if err := run(context.Background(), os.Args[1:], os.Getenv, os.Stdout); err != nil {
+	signal.Ignore(syscall.SIGPIPE) // if the reader of the log ends, only log lines are lost
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // a second signal ends the process at once
+	if err := run(ctx, os.Args[1:], os.Getenv, os.Stdout); err != nil {
 		newLogger(os.Stderr, slog.LevelInfo).Error(err.Error())
 		os.Exit(1)
 	}
 }
 
-// run executes a command: without arguments it serves until ctx is done or a signal arrives. The
-// error for a missing or invalid setting names it.
+// run executes a command: without arguments it serves until ctx is done. The error for a missing or
+// invalid setting names it.
 func run(ctx context.Context, args []string, getenv func(string) string, stdout io.Writer) error {
 	switch {
 	case len(args) == 0:
@@ -85,23 +87,17 @@ func serve(ctx context.Context, getenv func(string) string, stdout io.Writer) er
 	if err != nil {
 		return err
 	}
-	return newServer(set, db, log).run(ctx)
+	return newServer(set, db, log).listenAndServe(ctx)
 }
 
-// migrate applies the schema and returns nil once the database is up to date. It reads the settings
-// DATABASE_URL and LOG_LEVEL alone.
+// migrate applies the schema and returns nil once the database is up to date. DATABASE_URL is its
+// only setting.
 func migrate(ctx context.Context, getenv func(string) string, stdout io.Writer) error {
-	level, err := readLogLevel(getenv)
-	if err != nil {
-		return err
-	}
-	db, err := openDatabase(getenv("DATABASE_URL"), newLogger(stdout, level))
+	db, err := openDatabase(getenv("DATABASE_URL"), newLogger(stdout, slog.LevelInfo))
 	if err != nil {
 		return err
 	}
 	defer db.pool.Close()
-	ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
-	defer stop()
 	return db.ensureSchema(ctx)
 }
 
@@ -124,11 +120,11 @@ func printToken(user string, getenv func(string) string, stdout io.Writer) error
 type settings struct {
 	auth        *authenticator // BETTER_AUTH_SECRET, BETTER_AUTH_SECRETS, JWT_AUDIENCE, JWT_ISSUER
 	databaseURL string         // DATABASE_URL; required
-	origins     []string       // CORS_ORIGINS, whose pages may call; optional
+	origins     []string       // CORS_ORIGINS: those whose pages may call the API; optional
 	port        string         // PORT; default 8080
 	metricsPort string         // METRICS_PORT; optional: a second listener with /metrics
 	logLevel    slog.Level     // LOG_LEVEL; default info
-	project     string         // GOOGLE_CLOUD_PROJECT; optional
+	project     string         // GOOGLE_CLOUD_PROJECT; optional: completes the log's trace field
 }
 
 // readSettings returns an error that names the first variable that is missing or invalid.
@@ -136,8 +132,9 @@ func readSettings(getenv func(string) string) (set settings, err error) {
 	if set.auth, err = newAuthenticator(getenv); err != nil {
 		return set, err
 	}
-	if set.logLevel, err = readLogLevel(getenv); err != nil {
-		return set, err
+	level := cmp.Or(strings.TrimSpace(getenv("LOG_LEVEL")), "info")
+	if set.logLevel.UnmarshalText([]byte(level)) != nil {
+		return set, errors.New("LOG_LEVEL must be debug, info, warn or error")
 	}
 	if set.origins, err = readOrigins(getenv); err != nil {
 		return set, err
@@ -149,28 +146,20 @@ func readSettings(getenv func(string) string) (set settings, err error) {
 	return set, nil
 }
 
-func readLogLevel(getenv func(string) string) (level slog.Level, err error) {
-	text := cmp.Or(strings.TrimSpace(getenv("LOG_LEVEL")), "info")
-	if level.UnmarshalText([]byte(text)) != nil {
-		err = errors.New("LOG_LEVEL must be debug, info, warn or error")
-	}
-	return level, err
-}
-
-// readOrigins splits CORS_ORIGINS into origins as browsers send them: without a default port.
+// readOrigins returns the origins of CORS_ORIGINS. It rejects those that no browser sends.
 func readOrigins(getenv func(string) string) ([]string, error) {
-	list := strings.Join(strings.Fields(getenv("CORS_ORIGINS")), "")
-	if list == "" {
+	if strings.TrimSpace(getenv("CORS_ORIGINS")) == "" {
 		return nil, nil
 	}
 	form := regexp.MustCompile(`^[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?$`)
 	defaultPort := regexp.MustCompile(`^(https://.*:443|http://.*:80)$`)
-	origins := strings.Split(list, ",")
-	for _, origin := range origins {
-		if !form.MatchString(origin) || defaultPort.MatchString(origin) {
+	origins := strings.Split(getenv("CORS_ORIGINS"), ",")
+	for i, origin := range origins {
+		origins[i] = strings.TrimSpace(origin)
+		if !form.MatchString(origins[i]) || defaultPort.MatchString(origins[i]) {
 			return nil, fmt.Errorf("CORS_ORIGINS: %q is not an origin as browsers send it, such as "+
 				"https://app.example.com: lower case, no *, no path, no slash at the end, no default "+
-				"port; separate origins by commas", origin)
+				"port; separate origins by commas", origins[i])
 		}
 	}
 	return origins, nil
@@ -183,19 +172,16 @@ type server struct {
 	log   *slog.Logger
 	mux   *http.ServeMux
 	slots slots
+	quiet atomic.Pointer[time.Timer] // of a shutdown; nil before it begins
 
-	counting sync.Mutex     // guards requests
-	requests map[string]int // answered, by their labels in Prometheus' text format
-
-	stopping atomic.Bool // a shutdown has begun: responses close their connections
-	quiet    *time.Timer // in a shutdown, fires when no request has arrived for quietTime
+	requestsMu sync.Mutex
+	requests   map[string]int // answered, by their labels in Prometheus' text format
 }
 
 func newServer(set settings, db *database, log *slog.Logger) *server {
 	s := &server{settings: set, db: db, log: log, mux: http.NewServeMux(),
-		requests: map[string]int{}, quiet: time.NewTimer(quietTime)}
+		requests: map[string]int{}, slots: slots{users: map[string]*userSlots{}}}
 	s.slots.limit = max(1, int(db.pool.Config().MaxConns)/3)
-	s.slots.users = map[string]*userSlots{}
 	for pattern, h := range s.routes() {
 		s.mux.HandleFunc(pattern, h)
 	}
@@ -209,7 +195,7 @@ func (s *server) routes() map[string]http.HandlerFunc {
 		"GET /api/{user_id}/tasks":                 s.forUser(s.listTasks),
 		"POST /api/{user_id}/tasks":                s.forUser(s.createTask),
 		"GET /api/{user_id}/tasks/{id}":            s.forUser(s.getTask),
-		"PUT /api/{user_id}/tasks/{id}":            s.forUser(s.updateTask), // as PATCH: see change
+		"PUT /api/{user_id}/tasks/{id}":            s.forUser(s.updateTask), // like PATCH: see change
 		"PATCH /api/{user_id}/tasks/{id}":          s.forUser(s.updateTask),
 		"PATCH /api/{user_id}/tasks/{id}/complete": s.forUser(s.completeTask),
 		"DELETE /api/{user_id}/tasks/{id}":         s.forUser(s.deleteTask),
@@ -229,34 +215,37 @@ const (
 // ServeHTTP is the whole life of a request. The handlers of routes write a response or leave an
 // error in the request's entry, never both.
 func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
-	client := r.Context() // ends when the client disconnects
+	client := r.Context() // ends when the client disconnects, or with db.work
 	e := &entry{start: time.Now(), id: r.Header.Get("X-Request-Id")}
 	if !saneID.MatchString(e.id) {
 		e.id = rand.Text()
 	}
-	ctx, cancel := context.WithTimeout(context.WithValue(client, entryKey{}, e), requestTimeout)
-	defer cancel()
-	received := r // net/http keeps it until it has closed the connection
-	r = r.WithContext(ctx)
-	w := &response{ResponseWriter: rw}
+	w := &response{ResponseWriter: rw, server: s}
 	w.Header().Set("X-Request-Id", e.id)
 	w.Header().Set("X-Content-Type-Options", "nosniff")
 	if strings.HasPrefix(r.URL.Path, "/api/") {
 		w.Header().Set("Cache-Control", "no-store")
 	}
-	s.setCORS(w, r)
-	if s.stopping.Load() {
-		w.Header().Set("Connection", "close")
-		s.quiet.Reset(quietTime)
+	s.setCORS(w, r, e)
+	if quiet := s.quiet.Load(); quiet != nil {
+		quiet.Reset(quietTime)
 	}
+	if len(r.Header) > maxHeaderNames {
+		// net/http keeps r until it has closed the connection. Thousands of short names in r.Header
+		// occupy a megabyte.
+		e.err, r.Header = errManyHeaders, nil
+	}
+	ctx, cancel := context.WithTimeout(context.WithValue(client, entryKey{}, e), requestTimeout)
+	defer cancel()
+	r = r.WithContext(ctx)
 	defer func() {
 		if v := recover(); v != nil {
 			e.err = fmt.Errorf("panic: %v\n%s", v, debug.Stack())
 		}
 		if r.Body != http.NoBody {
-			// net/http would wait up to readTimeout for the rest of the body. Closing the connection
-			// at once could reset it before the client has read the response. Data that was already
-			// sent arrives within discardTimeout.
+			// net/http reads the rest of a body before it responds. Without a deadline that could take
+			// readTimeout. Closing the connection at once could reset it before the client has read
+			// the response.
 			http.NewResponseController(rw).SetReadDeadline(time.Now().Add(discardTimeout))
 		}
 		if e.err != nil && w.status == 0 {
@@ -267,18 +256,15 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 		}
 		s.record(w, r, e)
 	}()
-	if len(r.Header) > maxHeaderNames {
-		received.Header = nil // thousands of short ones occupy a megabyte
-		e.err = errManyHeaders
-		return
+	if e.err == nil {
+		s.mux.ServeHTTP(w, r)
 	}
-	s.mux.ServeHTTP(w, r)
 }
 
 // saneID matches an X-Request-Id that is safe to log and to send back.
 var saneID = regexp.MustCompile(`^[0-9A-Za-z._:/+=-]{1,128}$`)
 
-// An entry is what becomes a request's line in the log. Only the goroutine of the request uses it.
+// An entry collects what a request's log line contains. Only the goroutine of the request uses it.
 type entry struct {
 	id       string        // X-Request-Id
 	start    time.Time     // when the request's header had been read
@@ -297,14 +283,20 @@ func entryOf(ctx context.Context) *entry {
 	return &entry{}
 }
 
-// A response keeps the status and counts the bytes of a response, for the log and the metrics.
+// A response is a ResponseWriter that records the status and the number of bytes.
 type response struct {
 	http.ResponseWriter
+	server *server
 	status int // 0 until the header is written
 	bytes  int // of the body
 }
 
+// WriteHeader asks the client to close its connection once a shutdown has begun.
+// SetKeepAlivesEnabled(false) would also close idle connections, and lose requests on their way.
 func (w *response) WriteHeader(status int) {
+	if w.server.quiet.Load() != nil {
+		w.Header().Set("Connection", "close")
+	}
 	w.status = status
 	w.ResponseWriter.WriteHeader(status)
 }
@@ -316,15 +308,15 @@ func (w *response) Write(p []byte) (int, error) {
 }
 
 // forUser returns the handler of a route for the user of the path. It verifies the user, waits for
-// a slot and calls e, which either writes the response or returns an error.
+// a slot and calls handle, which either writes the response or returns an error.
 func (s *server) forUser(
-	e func(w http.ResponseWriter, r *http.Request, key taskKey) error,
+	handle func(w http.ResponseWriter, r *http.Request, key taskKey) error,
 ) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		key, release, err := s.admit(r)
 		if err == nil {
 			defer release()
-			err = e(w, r, key)
+			err = handle(w, r, key)
 		}
 		entryOf(r.Context()).err = err
 	}
@@ -350,8 +342,8 @@ func (s *server) admit(r *http.Request) (key taskKey, release func(), err error)
 	return key, release, err
 }
 
-// slots limits each user to a third of the pool's connections, because the pool serves whoever came
-// first: without a limit the requests of one user would delay everyone else's.
+// slots limits each user to a third of the pool's connections. The pool is first come, first
+// served, so without a limit the requests of one user would delay everyone else's.
 type slots struct {
 	limit int // requests in progress per user
 	mu    sync.Mutex
@@ -359,8 +351,8 @@ type slots struct {
 }
 
 type userSlots struct {
-	taken    chan struct{} // contains a value for each request in progress
-	requests int           // in progress or waiting
+	taken chan struct{} // contains a value for each request in progress
+	refs  int           // requests in progress or waiting; at 0 the user is removed
 }
 
 // slotTimeout limits how long a request waits for a slot.
@@ -375,12 +367,12 @@ func (s *slots) acquire(ctx context.Context, user string) (release func(), err e
 		u = &userSlots{taken: make(chan struct{}, s.limit)}
 		s.users[user] = u
 	}
-	u.requests++
+	u.refs++
 	s.mu.Unlock()
 	leave := func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		if u.requests--; u.requests == 0 {
+		if u.refs--; u.refs == 0 {
 			delete(s.users, user)
 		}
 	}
@@ -396,14 +388,14 @@ func (s *slots) acquire(ctx context.Context, user string) (release func(), err e
 	return nil, err
 }
 
-// methods are those that the Allow header, the log and the metrics name.
+// methods are those in the Allow header, the log and the metrics. Any other is logged as "other".
 var methods = []string{"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"}
 
 // noRoute answers requests that match no route: a preflight of a listed origin, or a 404 or 405 in
 // JSON. A mux with a "/" pattern does not send 405 by itself, so noRoute asks it which methods the
 // path accepts.
 func (s *server) noRoute(w http.ResponseWriter, r *http.Request) {
-	if r.Method == http.MethodOptions && w.Header().Get("Access-Control-Allow-Origin") != "" {
+	if r.Method == http.MethodOptions && slices.Contains(s.origins, r.Header.Get("Origin")) {
 		preflight(w, r)
 		return
 	}
@@ -458,7 +450,7 @@ var (
 	errInternal = apiError{500, "Internal error. Report it with the X-Request-Id of this response."}
 	errNotSent  = apiError{503, "The database is unavailable. " +
 		"Try again shortly; nothing was changed."}
-	errUnavailable = apiError{503, "The database is unavailable or did not answer in time. " +
+	errMayHaveRun = apiError{503, "The database is unavailable or did not answer in time. " +
 		"Try again shortly. A change may or may not have been made; " +
 		"with the same Idempotency-Key or If-Match it is safe to repeat."}
 )
@@ -482,7 +474,7 @@ func writeError(w http.ResponseWriter, err error) {
 		w.Header().Set("WWW-Authenticate", `Bearer error="invalid_token"`) // RFC 6750, section 3.1
 	case errEncoded:
 		w.Header().Set("Accept-Encoding", "identity") // RFC 9110, section 15.5.16
-	case errTooMany, errNotSent, errUnavailable:
+	case errTooMany, errNotSent, errMayHaveRun:
 		w.Header().Set("Retry-After", "1") // seconds; Neon resumes in less
 	}
 	writeJSON(w, e.status, map[string]string{"detail": e.detail})
@@ -506,11 +498,11 @@ func writeBody(w http.ResponseWriter, status int, contentType string, body []byt
 	w.Write(body)
 }
 
-const maxBody = 64 << 10 // bytes; four times the largest task, all its characters escaped
+const maxBody = 64 << 10 // bytes; a task has at most 15 KB, with every character escaped
 
 // readObject returns the members of the JSON object in a request's body, nil if the body is empty.
 func readObject(r *http.Request) (map[string]json.RawMessage, error) {
-	encoding := cmp.Or(strings.TrimSpace(r.Header.Get("Content-Encoding")), "identity")
+	encoding := cmp.Or(r.Header.Get("Content-Encoding"), "identity")
 	switch { // before the body is read
 	case r.Body == http.NoBody:
 		return nil, nil
@@ -540,19 +532,18 @@ func readObject(r *http.Request) (map[string]json.RawMessage, error) {
 // isJSON reports whether a Content-Type is absent or a JSON type.
 func isJSON(contentType string) bool {
 	media, _, _ := mime.ParseMediaType(contentType)
-	kind, subtype, _ := strings.Cut(media, "/")
-	return contentType == "" || media == "application/json" ||
-		kind != "" && strings.HasSuffix(subtype, "+json")
+	_, subtype, _ := strings.Cut(media, "/")
+	return contentType == "" || media == "application/json" || strings.HasSuffix(subtype, "+json")
 }
 
-// parseObject returns the members of a JSON object under their exact names. It rejects text that
-// encoding/json would replace with U+FFFD.
+// parseObject returns the members of a JSON object under their exact names, unlike decoding into a
+// struct, which ignores case. It rejects text that encoding/json would replace with U+FFFD.
 func parseObject(body []byte) (map[string]json.RawMessage, error) {
 	var members map[string]json.RawMessage
 	if err := json.Unmarshal(body, &members); err != nil {
 		return nil, fmt.Errorf("%w: %w", errBadJSON, err)
 	}
-	// A backslash that is not part of a whole escape begins half of a surrogate pair.
+	// What remains of the escapes after all whole ones are removed is half of a surrogate pair.
 	lone := bytes.ContainsRune(wholeEscape.ReplaceAll(body, nil), '\\')
 	if members == nil || lone || !utf8.Valid(body) { // nil: the body is null
 		return nil, errBadJSON
@@ -591,7 +582,7 @@ func (s *server) docs(w http.ResponseWriter, _ *http.Request) {
 }
 
 // live reports that the process is running. No health route uses the database, because platforms
-// poll them, which would keep Neon from suspending the compute.
+// poll them, and Neon would never suspend the compute.
 func (s *server) live(w http.ResponseWriter, _ *http.Request) {
 	writeJSON(w, http.StatusOK, map[string]string{"status": "alive"})
 }
@@ -609,7 +600,7 @@ func (s *server) ready(w http.ResponseWriter, r *http.Request) {
 // setCORS allows a listed origin to read the response. It logs an origin that is not listed,
 // because the page shows only "Failed to fetch". A page of this host, such as /docs, needs no
 // permission.
-func (s *server) setCORS(w http.ResponseWriter, r *http.Request) {
+func (s *server) setCORS(w http.ResponseWriter, r *http.Request, e *entry) {
 	if len(s.origins) == 0 {
 		return
 	}
@@ -619,7 +610,7 @@ func (s *server) setCORS(w http.ResponseWriter, r *http.Request) {
 	if !slices.Contains(s.origins, origin) {
 		if origin != "" && !strings.HasSuffix(origin, "://"+r.Host) {
 			s.log.Warn(fmt.Sprintf("the origin %q is not in CORS_ORIGINS", truncate(origin, 200)),
-				"request_id", h.Get("X-Request-Id"))
+				"request_id", e.id)
 		}
 		return
 	}
@@ -629,9 +620,9 @@ func (s *server) setCORS(w http.ResponseWriter, r *http.Request) {
 		"Retry-After, Idempotency-Replayed, WWW-Authenticate")
 }
 
-// preflight answers an OPTIONS request of a listed origin. It allows every header that the page
-// requests, because tracing libraries add their own, and always those that the API reads, because
-// the browser reuses the answer for later requests.
+// preflight answers an OPTIONS request of a listed origin. It allows every well-formed header that
+// the page requests, because tracing libraries add their own. It always allows those that the API
+// reads, because the browser caches the answer.
 func preflight(w http.ResponseWriter, r *http.Request) {
 	allowed := "Authorization, Content-Type, If-Match, If-None-Match, Idempotency-Key, X-Request-Id"
 	requested := strings.Join(r.Header["Access-Control-Request-Headers"], ",")
@@ -649,8 +640,8 @@ func preflight(w http.ResponseWriter, r *http.Request) {
 // headerName matches a header name (RFC 9110, section 5.6.2) of at most 64 characters.
 var headerName = regexp.MustCompile("^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}$")
 
-// newLogger writes one JSON object per line, with the field names and severities of Google Cloud's
-// logs.
+// newLogger returns a logger that writes one JSON object per line, with the field names and
+// severities of Google Cloud's logs.
 func newLogger(w io.Writer, level slog.Level) *slog.Logger {
 	return slog.New(slog.NewJSONHandler(w, &slog.HandlerOptions{
 		Level: level,
@@ -676,11 +667,11 @@ func (s *server) record(w *response, r *http.Request, e *entry) {
 	if !slices.Contains(methods, method) {
 		method = "other" // clients can invent any number of methods, of any length
 	}
-	// The number of labels is bounded, because route is the pattern of a path.
+	// route is a pattern of the mux, so the number of labels is bounded.
 	labels := fmt.Sprintf(`route="%s",method="%s",status="%d"`, route, method, w.status)
-	s.counting.Lock()
+	s.requestsMu.Lock()
 	s.requests[labels]++
-	s.counting.Unlock()
+	s.requestsMu.Unlock()
 	level := slog.LevelInfo
 	switch {
 	case w.status == http.StatusServiceUnavailable:
@@ -719,10 +710,7 @@ const maxLogged = 4 << 10 // bytes of an error in the log
 // truncate returns at most the first n bytes of text, without invalid UTF-8 such as a character
 // that was cut.
 func truncate(text string, n int) string {
-	if len(text) <= n {
-		return text
-	}
-	return strings.ToValidUTF8(text[:n], "")
+	return strings.ToValidUTF8(text[:min(n, len(text))], "")
 }
 
 // serveMetrics writes Prometheus' text format. It reads counters of the process and runs no query.
@@ -757,20 +745,18 @@ func (s *server) serveMetrics(w http.ResponseWriter, _ *http.Request) {
 	}
 	text.WriteString("# HELP todo_http_requests_total Requests by route, method and status.\n" +
 		"# TYPE todo_http_requests_total counter\n")
-	s.counting.Lock()
+	s.requestsMu.Lock()
 	for labels, n := range s.requests {
 		fmt.Fprintf(&text, "todo_http_requests_total{%s} %d\n", labels, n)
 	}
-	s.counting.Unlock()
+	s.requestsMu.Unlock()
 	writeBody(w, http.StatusOK, "text/plain; version=0.0.4; charset=utf-8", text.Bytes())
 }
 
-// run runs the service until ctx is done, a signal arrives or it fails. It listens before the
+// listenAndServe serves until ctx is done or a part of the service fails. It listens before the
 // database is ready, so that a suspended compute does not fail a deploy. Until then requests wait
 // in query, up to their deadline.
-func (s *server) run(ctx context.Context) error {
-	ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
-	defer stop()
+func (s *server) listenAndServe(ctx context.Context) error {
 	failed := make(chan error, 3) // two listeners and the start of the database
 	listener, err := net.Listen("tcp", ":"+s.port)
 	if err != nil {
@@ -800,7 +786,6 @@ func (s *server) run(ctx context.Context) error {
 	case err = <-s.db.schemaGone:
 	case <-ctx.Done():
 	}
-	stop() // a second signal ends the process at once
 	if err != nil {
 		s.db.cancel()
 	}
@@ -811,13 +796,15 @@ func (s *server) run(ctx context.Context) error {
 }
 
 const (
-	// A request is answered within headerTimeout plus requestTimeout of its first byte.
+	// A request is answered within headerTimeout, requestTimeout and sendTimeout of its first byte.
 	headerTimeout = 4 * time.Second
-	readTimeout   = 10 * time.Second // to read the header and the body
-	sendTimeout   = time.Second      // to send the response
-	idleTimeout   = 2 * time.Minute  // between two requests of a connection
+	sendTimeout   = time.Second // to send the response
+	// readTimeout is for the header and the body. The body is read after the wait for a slot, so
+	// readTimeout is longer than headerTimeout and slotTimeout.
+	readTimeout = 10 * time.Second
+	idleTimeout = 2 * time.Minute // between two requests of a connection
 
-	maxHeader = 16<<10 - 4<<10 // bytes; net/http adds 4 KiB
+	maxHeader = 12 << 10 // bytes; net/http adds 4 KiB
 )
 
 func (s *server) newHTTPServer(h http.Handler) *http.Server {
@@ -833,42 +820,37 @@ func (s *server) newHTTPServer(h http.Handler) *http.Server {
 	}
 }
 
-// The times of a shutdown, from the signal. Cloud Run kills the process after 10 s.
+// A shutdown. Cloud Run kills the process 10 s after the signal.
 const (
-	quietTime   = time.Second             // without a new request, then no more are accepted
-	acceptTime  = 6 * time.Second         // new requests are accepted at most so long
-	settleTime  = 250 * time.Millisecond  // then, to read the requests that have arrived
-	cancelAfter = 7 * time.Second         // running statements are canceled
-	closeAfter  = 7500 * time.Millisecond // connections are closed
-	poolTimeout = time.Second             // then, to close the pool
+	quietTime  = time.Second            // without a new request, until the listener is closed
+	acceptTime = 6 * time.Second        // the longest that the listener stays open
+	settleTime = 250 * time.Millisecond // to read the requests that have arrived
+
+	cancelAfter = 7 * time.Second         // from the signal until running statements are canceled
+	closeAfter  = 7500 * time.Millisecond // from the signal until connections are closed
+	exitAfter   = 8500 * time.Millisecond // from the signal until the process exits
 )
 
 // shutDown answers requests until no more arrive, finishes those in progress and closes the
-// connections. It takes up to closeAfter and poolTimeout.
+// connections.
 func (s *server) shutDown(public *http.Server, listener net.Listener) {
-	time.AfterFunc(cancelAfter, s.db.cancel)
-	ctx, cancel := context.WithTimeout(context.Background(), closeAfter)
+	ctx, cancel := context.WithTimeout(context.Background(), exitAfter)
 	defer cancel()
-	s.quiet.Reset(quietTime)
-	s.stopping.Store(true)
+	time.AfterFunc(cancelAfter, s.db.cancel)
+	time.AfterFunc(closeAfter, func() { public.Close() })
+	quiet := time.NewTimer(quietTime)
+	s.quiet.Store(quiet)
 	select {
-	case <-s.quiet.C:
+	case <-quiet.C:
 	case <-time.After(acceptTime):
 	case <-s.db.work.Done(): // the service has failed
 	}
 	listener.Close()
-	// Shutdown drops the first request of a connection if it has not been read.
-	time.Sleep(settleTime)
-	if public.Shutdown(ctx) != nil {
-		public.Close()
-	}
-	closed := make(chan struct{})
+	time.Sleep(settleTime) // Shutdown drops the first request of a connection if it was not read yet
+	public.Shutdown(ctx)
 	go func() {
-		s.db.pool.Close() // also sends cancel requests
-		close(closed)
+		s.db.pool.Close() // waits until cancel requests were sent
+		cancel()
 	}()
-	select {
-	case <-closed:
-	case <-time.After(poolTimeout):
-	}
+	<-ctx.Done()
 }

@@ -282,7 +282,7 @@ func TestLargeHeadersAndSlowClients(t *testing.T) {
 	for _, row := range []struct{ name, text, slowly, want string }{
 		{"header", list, strings.Repeat("x", 200), `^($|HTTP/1.1 400 )`},
 		{"body", create, strings.Repeat("x", 200), `^HTTP/1.1 40[08] `},
-		{"header and database", list, strings.Repeat("x", 30) + "\r\n\r\n", `^HTTP/1.1 503 `},
+		{"header and database", list, strings.Repeat("x", 20) + "\r\n\r\n", `^HTTP/1.1 503 `},
 	} {
 		start, conn := time.Now(), dialRaw(t, p.url, row.text)
 		clients.Go(func() {

@@ -40,7 +40,7 @@ func startNext(t *testing.T, d *database, steps ...string) *process {
 	ctx, cancel := context.WithCancel(context.Background())
 	go func() {
 		defer close(p.exited)
-		if err := newServer(settings{auth: sharedAuth, port: port}, d, d.log).run(ctx); err != nil {
+		if err := newServer(settings{auth: sharedAuth, port: port}, d, d.log).listenAndServe(ctx); err != nil {
 			t.Errorf("the next release: %v", err)
 		}
 	}()
