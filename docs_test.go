@@ -248,7 +248,8 @@ func TestOpenAPIChecksAnswers(t *testing.T) {
 		return answer{200, header, strings.Replace(task, before, after, 1)}
 	}
 	for fault, a := range map[string]answer{
-		"":                  {200, header, task},
+		"none":              {200, header, task},
+		"none: redirect":    {307, http.Header{"Location": {"/docs"}}, "<a>"},
 		"status":            {201, header, task},
 		"body of a 304":     {304, header, task},
 		"required header":   withHeader("ETag", ""),
@@ -256,12 +257,12 @@ func TestOpenAPIChecksAnswers(t *testing.T) {
 		"media type":        withHeader("Content-Type", "text/plain"),
 		"type":              withBody(`"id":1`, `"id":"1"`),
 		"minimum":           withBody(`"id":1`, `"id":0`),
-		"minLength":         withBody(`"u"`, `""`),
 		"pattern":           withBody(`05.000000Z`, `05Z`),
 		"missing member":    withBody(`"completed":false,`, ``),
 		"unknown member":    withBody(`{`, `{"version":1,`),
 	} {
-		if err := undeclared("GET", "/api/u/tasks/1", a); (err == nil) != (fault == "") {
+		err := undeclared("GET", "/api/u/tasks/1", a)
+		if (err == nil) != strings.HasPrefix(fault, "none") {
 			t.Errorf("fault %q: %v", fault, err)
 		}
 	}
