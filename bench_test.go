@@ -40,7 +40,7 @@ func createTasks(b *testing.B) (*database, string) {
 		INSERT INTO public.tasks (user_id, title, description, completed)
 		SELECT CASE WHEN i % 1000 < 8 THEN 'load-' || i % 1000
 		            WHEN i % 10 = 9 THEN 'deep'
-		            ELSE 'user-' || i / 10 %% 10000 END,
+		            ELSE 'user-' || i / 10 % 10000 END,
 		       'Task ' || i, CASE WHEN i % 2 = 0 THEN 'A description' END, i % 3 = 0
 		FROM generate_series(1, 1000000) AS i`)
 	sqlExec(b, d.pool, `VACUUM ANALYZE public.tasks`) // as autovacuum does
