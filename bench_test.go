@@ -205,7 +205,7 @@ func BenchmarkLoad(b *testing.B) {
 		startQuiet(b, os.Args[0], "main", databaseURL), startQuiet(b, os.Args[0], "bare", databaseURL)}
 	if other := os.Getenv("TODO_APP_OTHER"); other != "" {
 		names = append(names, "other")
-		services = append(services, startQuiet(b, other, "", databaseURL))
+		services = append(services, startQuiet(b, other, "main", databaseURL))
 	}
 	for _, row := range []struct{ name, method, body string }{
 		{"list", "GET", ""}, {"get", "GET", ""}, {"create", "POST", `{"title": "Buy milk"}`},
