@@ -1,7 +1,6 @@
-# The build runs on the builder's platform and cross-compiles, which is faster than an emulator of
-# the target. Builders without BuildKit (Cloud Build's docker, kaniko) do not set BUILDPLATFORM;
-# they run on amd64. The version of Go is that of go.mod.
-FROM --platform=${BUILDPLATFORM:-linux/amd64} golang:1.26 AS build
+# Each builder builds for its own platform. "docker build --platform" builds for another one under
+# emulation. The version of Go is that of go.mod.
+FROM golang:1.26 AS build
 WORKDIR /src
 
 # A separate layer, which changes only with the dependencies.
@@ -9,12 +8,8 @@ COPY go.mod go.sum ./
 RUN go mod download
 
 COPY . .
-# If they are empty, go builds for its own platform.
-ARG TARGETOS
-ARG TARGETARCH
 # The final image has no libc, so cgo is off. -s -w omits the debug information.
-RUN CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH \
-    go build -trimpath -ldflags="-s -w" -o /todo-app .
+RUN CGO_ENABLED=0 go build -trimpath -ldflags="-s -w" -o /todo-app .
 
 # CA certificates to verify Neon, the user nonroot (65532), and no shell. There is no HEALTHCHECK,
 # because the image has no program for it: the platform requests GET /health/live.

@@ -67,8 +67,8 @@ func newAuthenticator(getenv func(string) string) (*authenticator, error) {
 	return a, nil
 }
 
-// addKeys adds the secrets of a rotation list (2:new,1:old), the current one first. Like Better Auth, it trims
-// white space around versions and secrets. A version must be digits.
+// addKeys adds the secrets of a rotation list (2:new,1:old), the current one first. Like Better
+// Auth, it trims white space around versions and secrets. A version must be digits.
 func (a *authenticator) addKeys(setting, list string) error {
 	seen := map[uint64]bool{}
 	for i, entry := range strings.Split(list, ",") {
@@ -141,7 +141,7 @@ func (a *authenticator) verify(raw string) (string, error) {
 	}
 	// golang-jwt accepts any time, such as one in milliseconds or one that overflows its int64.
 	for _, name := range []string{"exp", "nbf"} {
-		if t, ok := claims[name].(float64); ok && (t < 0 || t >= year10000) {
+		if t, ok := claims[name].(float64); ok && t >= year10000 {
 			return "", badToken(name + " is outside the years 1970 to 9999: is it in milliseconds?")
 		}
 	}

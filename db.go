@@ -54,10 +54,11 @@ func newDatabase(config *pgxpool.Config, log *slog.Logger) (*database, error) {
 	d.work, d.cancel = context.WithCancel(context.Background())
 	config.BeforeConnect = d.connector.beforeConnect
 	config.AfterConnect = d.connector.afterConnect
-	// The pool closes a broken connection after a failed ping. Then the other idle connections are
-	// probably broken too, and each would cost a request another ping.
+	// After a failed ping the other idle connections are probably broken too, and each would cost a
+	// request another ping. Closing the socket frees the slot: see tryQuery.
 	config.BeforeClose = func(conn *pgx.Conn) {
 		if conn.IsClosed() {
+			conn.PgConn().Conn().Close()
 			d.pool.Reset()
 		}
 	}
@@ -213,10 +214,12 @@ func isConnectError(err error) bool {
 	return ok
 }
 
-// backoff waits 50 to 100 ms and returns true, or returns false if ctx ended first. The jitter
-// keeps clients of the same database from trying again at the same time.
+const maxBackoff = 100 * time.Millisecond
+
+// backoff waits for half of maxBackoff to all of it and returns true, or returns false if ctx ended
+// first. The jitter keeps clients of the same database from trying again at the same time.
 func backoff(ctx context.Context) bool {
-	return sleep(ctx, 50*time.Millisecond+rand.N(50*time.Millisecond))
+	return sleep(ctx, maxBackoff/2+rand.N(maxBackoff/2))
 }
 
 // sleep waits for t and returns true, or returns false if ctx ended first.
@@ -314,9 +317,9 @@ func one[T any](rows []T, err error) (row T, _ error) {
 // tryQuery runs a statement once and releases the connection. It reports whether the connection
 // broke.
 //
-// A statement that was sent goes on when its client disconnects, because it may be committed anyway,
-// and pgx would close the connection. pgx's CancelRequestContextWatcherHandler would keep the
-// connection, but its cancel request can cancel the next statement.
+// A statement that was sent goes on when its client disconnects, because it may be committed
+// anyway, and pgx would close the connection. pgx's CancelRequestContextWatcherHandler would keep
+// the connection, but its cancel request can cancel the next statement.
 func tryQuery[T any](
 	ctx context.Context, d *database, conn *pgxpool.Conn,
 	scan pgx.RowToFunc[T], sql string, args ...any,
@@ -326,13 +329,18 @@ func tryQuery[T any](
 	defer cancel()
 	defer context.AfterFunc(d.work, cancel)()
 	defer func() {
-		// pgx goes on closing a broken connection for up to 15 s. Hijack frees its slot in the pool at
-		// once. At a shutdown the pool waits instead, because closing also sends the cancel request.
-		if conn.Conn().IsClosed() && d.work.Err() == nil {
-			conn.Hijack()
-		} else {
+		c := conn.Conn().PgConn()
+		if !c.IsClosed() {
 			conn.Release()
+			return
 		}
+		// pgx sends a cancel request and then waits up to 15 s for a silent server, unless the socket
+		// is closed. Hijack frees the slot like Release, but does not call BeforeClose.
+		c.Conn().Close()
+		go func() {
+			<-c.CleanupDone() // so that the server has no more sessions than the pool has slots
+			conn.Hijack()
+		}()
 	}()
 	start := time.Now()
 	found, err := conn.Query(run, sql, args...)
@@ -346,8 +354,8 @@ func tryQuery[T any](
 	return rows, conn.Conn().IsClosed(), err
 }
 
-// resetReadOnly closes the pool's connections so that the next ones reach the primary, once a second
-// at most.
+// resetReadOnly closes the pool's connections so that the next ones reach the primary, once a
+// second at most.
 func (d *database) resetReadOnly() {
 	if !d.resetting.Swap(true) {
 		d.pool.Reset()
@@ -377,8 +385,8 @@ func transient(err error) bool {
 // slowStatement is the duration from which a statement is logged at WARNING.
 const slowStatement = time.Second
 
-// observe counts a statement and logs it at DEBUG, or at WARNING if it was slow: with its SQL, never
-// with its arguments.
+// observe counts a statement and logs it at DEBUG, or at WARNING if it was slow: with its SQL,
+// never with its arguments.
 func (d *database) observe(
 	ctx context.Context, sql string, start time.Time, rows int, err error,
 ) {
@@ -460,7 +468,8 @@ func (d *database) ensureSchema(ctx context.Context) error {
 			d.log.Warn("waiting for a lock", "error", err.Error())
 			sleep(ctx, lockInterval)
 			deadline = time.Now().Add(startTimeout) // the database is reachable
-		case errors.Is(err, errForeignTable), code != "" && !transient(err), time.Now().After(deadline):
+		case errors.Is(err, errForeignTable), code != "" && !transient(err),
+			time.Until(deadline) < maxBackoff:
 			return err
 		default: // the connection failed
 			backoff(ctx)
@@ -516,10 +525,10 @@ func (d *database) applyStep(ctx context.Context, conn *pgxpool.Conn, n int) err
 			"COMMENT ON TABLE public.tasks IS 'todo-app schema step %d'", sql, n))
 		return err
 	})
-	switch code := sqlState(err); {
-	case strings.HasPrefix(code, "22"): // data exception; the server's message may contain a title
-		return fmt.Errorf("%s: an existing row has an invalid value (SQLSTATE %s)", name, code)
-	case err != nil:
+	if pg, ok := errors.AsType[*pgconn.PgError](err); ok && strings.HasPrefix(pg.Code, "22") {
+		pg.Message = "an existing row has an invalid value" // the server's text may contain a title
+	}
+	if err != nil {
 		return fmt.Errorf("%s: %w", name, err)
 	}
 	return nil

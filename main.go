@@ -179,22 +179,23 @@ func readOrigins(getenv func(string) string) ([]string, error) {
 // A server is the API over one database.
 type server struct {
 	settings
-	db      *database
-	log     *slog.Logger
-	mux     *http.ServeMux
-	slots   slots
-	metrics metrics
+	db    *database
+	log   *slog.Logger
+	mux   *http.ServeMux
+	slots slots
+
+	counting sync.Mutex     // guards requests
+	requests map[string]int // answered, by their labels in Prometheus' text format
 
 	stopping atomic.Bool // a shutdown has begun: responses close their connections
 	quiet    *time.Timer // in a shutdown, fires when no request has arrived for quietTime
 }
 
 func newServer(set settings, db *database, log *slog.Logger) *server {
-	s := &server{settings: set, db: db, log: log, mux: http.NewServeMux()}
+	s := &server{settings: set, db: db, log: log, mux: http.NewServeMux(),
+		requests: map[string]int{}, quiet: time.NewTimer(quietTime)}
 	s.slots.limit = max(1, int(db.pool.Config().MaxConns)/3)
 	s.slots.users = map[string]*userSlots{}
-	s.metrics.requests = map[string]int{}
-	s.quiet = time.NewTimer(quietTime)
 	for pattern, h := range s.routes() {
 		s.mux.HandleFunc(pattern, h)
 	}
@@ -235,6 +236,7 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	}
 	ctx, cancel := context.WithTimeout(context.WithValue(client, entryKey{}, e), requestTimeout)
 	defer cancel()
+	received := r // net/http keeps it until it has closed the connection
 	r = r.WithContext(ctx)
 	w := &response{ResponseWriter: rw}
 	w.Header().Set("X-Request-Id", e.id)
@@ -265,7 +267,8 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 		}
 		s.record(w, r, e)
 	}()
-	if len(r.Header) > maxHeaderNames { // thousands of short ones occupy a megabyte
+	if len(r.Header) > maxHeaderNames {
+		received.Header = nil // thousands of short ones occupy a megabyte
 		e.err = errManyHeaders
 		return
 	}
@@ -450,12 +453,10 @@ var (
 		"Use a new key for a new request."}
 	errTooMany = apiError{429, "Too many of your requests are in progress. " +
 		"Try again shortly; nothing was changed."}
-	errManyHeaders = apiError{431, fmt.Sprintf("The request must not have more than %d headers.",
+	errManyHeaders = apiError{431, fmt.Sprintf("The request must not have more than %d header names.",
 		maxHeaderNames)}
 	errInternal = apiError{500, "Internal error. Report it with the X-Request-Id of this response."}
-	errNotReady = apiError{503, "The service is starting: it has not reached its database, or the " +
-		"schema is not in place yet."}
-	errNotSent = apiError{503, "The database is unavailable. " +
+	errNotSent  = apiError{503, "The database is unavailable. " +
 		"Try again shortly; nothing was changed."}
 	errUnavailable = apiError{503, "The database is unavailable or did not answer in time. " +
 		"Try again shortly. A change may or may not have been made; " +
@@ -481,9 +482,7 @@ func writeError(w http.ResponseWriter, err error) {
 		w.Header().Set("WWW-Authenticate", `Bearer error="invalid_token"`) // RFC 6750, section 3.1
 	case errEncoded:
 		w.Header().Set("Accept-Encoding", "identity") // RFC 9110, section 15.5.16
-	case errCutBody, errSlowBody, errLargeBody, errManyHeaders:
-		w.Header().Set("Connection", "close") // the rest of the request is not read
-	case errTooMany, errNotReady, errNotSent, errUnavailable:
+	case errTooMany, errNotSent, errUnavailable:
 		w.Header().Set("Retry-After", "1") // seconds; Neon resumes in less
 	}
 	writeJSON(w, e.status, map[string]string{"detail": e.detail})
@@ -603,7 +602,7 @@ func (s *server) ready(w http.ResponseWriter, r *http.Request) {
 	case <-s.db.ready:
 		writeJSON(w, http.StatusOK, map[string]string{"status": "ready"})
 	default:
-		entryOf(r.Context()).err = errNotReady
+		entryOf(r.Context()).err = errNotSent
 	}
 }
 
@@ -634,17 +633,14 @@ func (s *server) setCORS(w http.ResponseWriter, r *http.Request) {
 // requests, because tracing libraries add their own, and always those that the API reads, because
 // the browser reuses the answer for later requests.
 func preflight(w http.ResponseWriter, r *http.Request) {
-	allowed := []string{"Authorization", "Content-Type", "If-Match", "If-None-Match",
-		"Idempotency-Key", "X-Request-Id"}
+	allowed := "Authorization, Content-Type, If-Match, If-None-Match, Idempotency-Key, X-Request-Id"
 	requested := strings.Join(r.Header["Access-Control-Request-Headers"], ",")
 	for name := range strings.SplitSeq(requested, ",") {
-		name = strings.TrimSpace(name)
-		known := func(a string) bool { return strings.EqualFold(a, name) }
-		if headerName.MatchString(name) && !slices.ContainsFunc(allowed, known) {
-			allowed = append(allowed, name)
+		if name = strings.TrimSpace(name); headerName.MatchString(name) {
+			allowed += ", " + name
 		}
 	}
-	w.Header().Set("Access-Control-Allow-Headers", strings.Join(allowed, ", "))
+	w.Header().Set("Access-Control-Allow-Headers", allowed)
 	w.Header().Set("Access-Control-Allow-Methods", "GET, POST, PUT, PATCH, DELETE")
 	w.Header().Set("Access-Control-Max-Age", "7200") // seconds; Chromium's maximum
 	w.WriteHeader(http.StatusNoContent)
@@ -676,14 +672,15 @@ const statusDisconnected = 499
 // record logs a request in one line and counts it.
 func (s *server) record(w *response, r *http.Request, e *entry) {
 	took := time.Since(e.start)
-	method, route := r.Method, r.Pattern
-	if _, path, ok := strings.Cut(r.Pattern, " "); ok {
-		route = path
-	}
+	method, route := r.Method, r.Pattern[strings.IndexByte(r.Pattern, ' ')+1:] // without its method
 	if !slices.Contains(methods, method) {
 		method = "other" // clients can invent any number of methods, of any length
 	}
-	s.metrics.count(route, method, w.status)
+	// The number of labels is bounded, because route is the pattern of a path.
+	labels := fmt.Sprintf(`route="%s",method="%s",status="%d"`, route, method, w.status)
+	s.counting.Lock()
+	s.requests[labels]++
+	s.counting.Unlock()
 	level := slog.LevelInfo
 	switch {
 	case w.status == http.StatusServiceUnavailable,
@@ -729,64 +726,43 @@ func truncate(text string, n int) string {
 	return strings.ToValidUTF8(text[:n], "")
 }
 
-// metrics counts requests by their labels in Prometheus' text format. The number of series is
-// bounded, because the label route is the pattern of a path.
-type metrics struct {
-	mu       sync.Mutex
-	requests map[string]int
-}
-
-func (m *metrics) count(route, method string, status int) {
-	labels := fmt.Sprintf(`route=%q,method=%q,status="%d"`, route, method, status)
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.requests[labels]++
-}
-
 // serveMetrics writes Prometheus' text format. It reads counters of the process and runs no query.
 func (s *server) serveMetrics(w http.ResponseWriter, _ *http.Request) {
-	var text bytes.Buffer
-	text.WriteString("# HELP todo_http_requests_total Requests by route, method and status.\n" +
-		"# TYPE todo_http_requests_total counter\n")
-	s.metrics.mu.Lock()
-	for labels, n := range s.metrics.requests {
-		fmt.Fprintf(&text, "todo_http_requests_total{%s} %d\n", labels, n)
-	}
-	s.metrics.mu.Unlock()
-	db, pool := s.db, s.db.pool.Stat()
+	pool := s.db.pool.Stat()
 	var memory runtime.MemStats
 	runtime.ReadMemStats(&memory)
+	var text bytes.Buffer
 	for _, m := range []struct {
 		kind, name, help string
 		value            any // a number
 	}{
-		{"counter", "todo_db_statements_total", "Statements that have ended, including failed ones.",
-			db.statements.Load()},
+		{"counter", "todo_db_statements_total", "Statements that have ended.", s.db.statements.Load()},
 		{"counter", "todo_db_statement_seconds_total", "Time that statements took.",
-			time.Duration(db.statementTime.Load()).Seconds()},
+			time.Duration(s.db.statementTime.Load()).Seconds()},
 		{"gauge", "todo_db_connections_acquired", "Connections in use.", pool.AcquiredConns()},
 		{"gauge", "todo_db_connections_idle", "Connections not in use.", pool.IdleConns()},
-		{"gauge", "todo_db_connections_open", "Connections, including those being established.",
-			pool.TotalConns()},
+		{"gauge", "todo_db_connections_open", "Connections of the pool.", pool.TotalConns()},
 		{"gauge", "todo_db_connections_max", "Maximum size of the pool.", pool.MaxConns()},
-		{"counter", "todo_db_acquires_total", "Acquires that returned a connection.",
-			pool.AcquireCount()},
-		{"counter", "todo_db_acquire_waits_total",
-			"Acquires that waited for a connection to be released or established.",
-			pool.EmptyAcquireCount()},
-		{"counter", "todo_db_acquire_wait_seconds_total", "Time that acquires waited for a connection.",
+		{"counter", "todo_db_acquires_total", "Connections acquired.", pool.AcquireCount()},
+		{"counter", "todo_db_acquire_waits_total", "Acquires that waited.", pool.EmptyAcquireCount()},
+		{"counter", "todo_db_acquire_wait_seconds_total", "Time that acquires waited.",
 			pool.EmptyAcquireWaitTime().Seconds()},
-		{"counter", "todo_db_acquires_canceled_total",
-			"Acquires canceled before a connection was available.", pool.CanceledAcquireCount()},
-		{"gauge", "go_goroutines", "Number of goroutines that currently exist.",
-			runtime.NumGoroutine()},
-		{"gauge", "go_memstats_heap_alloc_bytes", "Number of heap bytes allocated and still in use.",
-			memory.HeapAlloc},
-		{"gauge", "go_memstats_sys_bytes", "Number of bytes obtained from system.", memory.Sys},
+		{"counter", "todo_db_acquires_canceled_total", "Acquires that timed out or were canceled.",
+			pool.CanceledAcquireCount()},
+		{"gauge", "go_goroutines", "Number of goroutines.", runtime.NumGoroutine()},
+		{"gauge", "go_memstats_heap_alloc_bytes", "Bytes of allocated heap objects.", memory.HeapAlloc},
+		{"gauge", "go_memstats_sys_bytes", "Bytes obtained from the system.", memory.Sys},
 	} {
 		fmt.Fprintf(&text, "# HELP %[2]s %[3]s\n# TYPE %[2]s %[1]s\n%[2]s %[4]v\n",
 			m.kind, m.name, m.help, m.value)
 	}
+	text.WriteString("# HELP todo_http_requests_total Requests by route, method and status.\n" +
+		"# TYPE todo_http_requests_total counter\n")
+	s.counting.Lock()
+	for labels, n := range s.requests {
+		fmt.Fprintf(&text, "todo_http_requests_total{%s} %d\n", labels, n)
+	}
+	s.counting.Unlock()
 	writeBody(w, http.StatusOK, "text/plain; version=0.0.4; charset=utf-8", text.Bytes())
 }
 

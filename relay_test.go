@@ -3,7 +3,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"crypto/rand"
 	"fmt"
 	"net"
 	"net/http"
@@ -36,9 +35,8 @@ type relay struct {
 	dropResponses atomic.Int64 // responses that never reach the service; the server did the work
 	forward       func() (net.Conn, error)
 	listener      net.Listener
-
-	mu    sync.Mutex
-	links map[*link]bool
+	mu            sync.Mutex
+	links         map[*link]bool
 }
 
 // A link is one connection through a relay.
@@ -62,9 +60,6 @@ func (r *relay) serve() {
 		go func() {
 			defer client.Close()
 			r.dials.Add(1)
-			if r.down.Load() {
-				return
-			}
 			server, err := r.forward()
 			if err != nil {
 				return
@@ -87,8 +82,7 @@ func (r *relay) serve() {
 func (r *relay) add(l *link) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	room := r.room.Load()
-	if r.down.Load() || room > 0 && int64(len(r.links)) >= room {
+	if room := r.room.Load(); r.down.Load() || room > 0 && int64(len(r.links)) >= room {
 		return false
 	}
 	r.links[l] = true
@@ -151,11 +145,13 @@ func (r *relay) each(do func(*link)) {
 }
 
 // openOverRelay opens a database through a relay.
-func openOverRelay(t testing.TB, databaseURL string) (*database, *relay) {
+func openOverRelay(
+	t testing.TB, databaseURL string, changes ...func(*pgxpool.Config),
+) (*database, *relay) {
 	t.Helper()
 	listener := listenLocally(t)
 	r := &relay{name: newUser(), listener: listener, links: map[*link]bool{}}
-	d := openDB(t, databaseURL, func(config *pgxpool.Config) {
+	d := openDB(t, databaseURL, append(changes, func(config *pgxpool.Config) {
 		conn := config.ConnConfig
 		network, address := pgconn.NetworkAddress(conn.Host, conn.Port)
 		r.forward = func() (net.Conn, error) { return net.Dial(network, address) }
@@ -164,88 +160,66 @@ func openOverRelay(t testing.TB, databaseURL string) (*database, *relay) {
 			return dial(ctx, "tcp", listener.Addr().String())
 		}
 		conn.RuntimeParams["application_name"] = r.name
-	})
+	})...)
 	t.Cleanup(r.heal) // before the pool is closed, which waits for its connections
 	go r.serve()
 	return d, r
 }
 
 // startOverRelay opens the tests' database through a relay, with the schema.
-func startOverRelay(t testing.TB) (*database, *relay) {
+func startOverRelay(t testing.TB, changes ...func(*pgxpool.Config)) (*database, *relay) {
 	t.Helper()
 	testDB(t)
-	d, r := openOverRelay(t, os.Getenv("DATABASE_URL"))
+	d, r := openOverRelay(t, os.Getenv("DATABASE_URL"), changes...)
 	return startDB(t, d), r
 }
 
-// fullPools has room for the tests that open as many connections as an instance may: Neon's
-// smallest compute accepts 97.
 var fullPools = make(chan struct{}, 2)
 
-// takeTurns waits until few enough of those tests run.
+// takeTurns waits until at most one other test opens as many connections as an instance may:
+// Neon's smallest compute accepts 97.
 func takeTurns(t *testing.T) {
 	fullPools <- struct{}{}
 	t.Cleanup(func() { <-fullPools })
 }
 
-// connect opens n connections.
+// connect opens n connections, which become idle.
 func connect(t testing.TB, d *database, n int) {
 	t.Helper()
+	occupy(t, d, n)()
+}
+
+// occupy takes n connections of the pool until release is called or the test ends.
+func occupy(t testing.TB, d *database, n int) (release func()) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	var conns []*pgxpool.Conn
+	release = func() {
+		for _, conn := range conns {
+			conn.Release()
+		}
+	}
+	t.Cleanup(release)
 	for range n {
-		conn, err := d.acquire(t.Context())
+		conn, err := d.acquire(ctx)
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer conn.Release()
+		conns = append(conns, conn)
 	}
-}
-
-// runStatements runs each statement of a service once on each of n connections, as a service has
-// done that has run for a while: the statements are prepared.
-func runStatements(t testing.TB, d *database, service string, n int) {
-	t.Helper()
-	c := newClientOf(t, service, newUser())
-	prepared := map[*pgx.Conn]bool{}
-	for range n {
-		var held []*pgxpool.Conn // all but one that has prepared nothing
-		for range n {
-			conn, err := d.acquire(t.Context())
-			if err != nil {
-				t.Fatal(err)
-			}
-			held = append(held, conn)
-		}
-		i := slices.IndexFunc(held, func(c *pgxpool.Conn) bool { return !prepared[c.Conn()] })
-		prepared[held[i].Conn()] = true
-		held[i].Release()
-		c.do("POST", "", `{"title": "keyed"}`, "Idempotency-Key", rand.Text())
-		for _, match := range []string{"*", `"another"`} {
-			task := c.create("plain").path()
-			c.do("PATCH", task, `{}`, "If-Match", match)
-			c.do("DELETE", task, "", "If-Match", match)
-			c.do("GET", task, "")
-		}
-		c.do("GET", "?total=true", "")
-		c.do("GET", "?total=true&completed=true", "")
-		for j, conn := range held {
-			if j != i {
-				conn.Release()
-			}
-		}
-	}
-	sqlExec(t, d.pool, `DELETE FROM public.tasks WHERE user_id = $1`, c.user)
+	return release
 }
 
 // A ledger is what clients know about their tasks while they create, complete, reopen and delete
 // them. check compares it with the database.
 type ledger struct {
-	t     *testing.T
-	users [8]*client
-	via   string       // the application_name of the service's sessions
-	db    *database    // that contains the tasks
-	reads bool         // lists must always succeed
-	made  atomic.Int64 // changes that were acknowledged
-
+	t       *testing.T
+	users   [8]*client
+	via     string       // the application_name of the service's sessions
+	db      *database    // that contains the tasks
+	reads   bool         // lists must always succeed
+	made    atomic.Int64 // changes that were acknowledged
 	clients sync.WaitGroup
 	stop    atomic.Bool
 
@@ -330,11 +304,7 @@ func (l *ledger) change(
 ) (answer, int) {
 	l.set(title, before, after)
 	for try := 1; ; try++ {
-		start := time.Now()
 		a, err := c.try(method, path, body, header...)
-		if took := time.Since(start); took > 20*time.Second {
-			l.t.Errorf("%s %s took %v", method, path, took)
-		}
 		switch {
 		// 412: an earlier try did it
 		case err == nil && (a.status/100 == 2 || a.status == 412 && try > 1):
@@ -420,10 +390,8 @@ func (m *tracker) RoundTrip(r *http.Request) (*http.Response, error) {
 	start := time.Now()
 	res, err := m.RoundTripper.RoundTrip(r)
 	took := int64(time.Since(start))
-	for longest := m.longest.Load(); took > longest; longest = m.longest.Load() {
-		if m.longest.CompareAndSwap(longest, took) {
-			break
-		}
+	for old := m.longest.Load(); took > old && !m.longest.CompareAndSwap(old, took); {
+		old = m.longest.Load()
 	}
 	if err == nil && res.StatusCode == http.StatusServiceUnavailable {
 		m.unavailable.Add(1)

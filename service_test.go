@@ -18,7 +18,6 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"regexp"
 	"runtime/debug"
 	"slices"
@@ -71,7 +70,6 @@ func testMain(m *testing.M) (status int) {
 			"./with-postgres go test ./...\nDATABASE_URL=... go test ./...    (a Neon branch)")
 		return 1
 	}
-	defer os.RemoveAll(releaseDir)
 	var err error
 	sharedDB, err = openDatabase(databaseURL, slog.New(slog.DiscardHandler))
 	if err == nil {
@@ -135,6 +133,16 @@ func startService(t testing.TB, d *database, set settings) *service {
 	t.Cleanup(listener.Close)
 	s.url = listener.URL
 	return s
+}
+
+// noDatabase is a database that is never reached. Its pool has one slot for each user.
+const noDatabase = "postgres://u:p@localhost:1/d?pool_max_conns=3"
+
+// startDetached starts a service that never reaches its database, and returns a client of it.
+func startDetached(t testing.TB, set settings) (*service, *client) {
+	t.Helper()
+	s := startService(t, openDB(t, noDatabase), set)
+	return s, newClientOf(t, s.url, "anyone")
 }
 
 // newClient returns a client of the service with a new user.
@@ -449,11 +457,13 @@ type process struct {
 func startProcess(t testing.TB, settings ...string) *process {
 	t.Helper()
 	testDB(t)
-	program, err := thisRelease()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return startProgram(t, program, nil, settings...)
+	return startProgram(t, os.Args[0], nil, settings...)
+}
+
+// startDetachedProcess is startDetached for a process, which exits after 30 s.
+func startDetachedProcess(t testing.TB, settings ...string) *process {
+	t.Helper()
+	return startProgram(t, os.Args[0], nil, append(settings, "DATABASE_URL="+noDatabase)...)
 }
 
 // startProgram is startProcess for any program. The process is killed when the test ends.
@@ -574,70 +584,15 @@ func underRace() bool {
 	return slices.Contains(build.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
 }
 
-// A release returns the path of a binary of the service.
-type release func() (program string, err error)
-
-// thisRelease is the test binary, which TestMain makes run main.
-func thisRelease() (string, error) { return os.Executable() }
-
-// releaseDir contains the binaries that the tests build.
-var releaseDir = filepath.Join(os.TempDir(), fmt.Sprint("todo-app-releases-", os.Getpid()))
-
 // laterStep returns "step N" for the nth step after those of this release.
 func laterStep(n int) string {
 	return fmt.Sprint("step ", len(schemaSteps(schema))+n)
 }
 
-// laterRelease returns a release of this code whose schema.sql has more steps, which begin with a
-// line "-- step: title". It is built once.
-func laterRelease(name, steps string) release {
-	for n := 1; strings.Contains(steps, "-- step:"); n++ {
-		steps = strings.Replace(steps, "-- step:", "-- "+laterStep(n)+":", 1)
-	}
-	return sync.OnceValues(func() (program string, err error) {
-		original, err := filepath.Abs("schema.sql")
-		if err != nil {
-			return "", err
-		}
-		program = filepath.Join(releaseDir, name)
-		overlay, err := json.Marshal(map[string]any{
-			"Replace": map[string]string{original: program + ".sql"}})
-		if err != nil {
-			return "", err
-		}
-		err = errors.Join(os.MkdirAll(releaseDir, 0o700),
-			os.WriteFile(program+".sql", []byte(schema+steps), 0o600),
-			os.WriteFile(program+".json", overlay, 0o600))
-		if err != nil {
-			return "", err
-		}
-		build := exec.Command("go", "build", "-buildvcs=false", "-overlay", program+".json",
-			"-o", program, ".")
-		if out, err := build.CombinedOutput(); err != nil {
-			return "", fmt.Errorf("build the release %s: %w: %s", name, err, out)
-		}
-		return program, nil
-	})
-}
-
-// startRelease starts a release on a database, or runs a command of it.
-func startRelease(t testing.TB, binary release, databaseURL string, args ...string) *process {
-	t.Helper()
-	program, err := binary()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return startProgram(t, program, args, "DATABASE_URL="+databaseURL)
-}
-
 // runMigrate runs `todo-app migrate` with no setting but DATABASE_URL.
-func runMigrate(t testing.TB, binary release, databaseURL string) (status int, p *process) {
+func runMigrate(t testing.TB, databaseURL string) (status int, p *process) {
 	t.Helper()
-	program, err := binary()
-	if err != nil {
-		t.Fatal(err)
-	}
-	p = startProgram(t, program, []string{"migrate"}, "DATABASE_URL="+databaseURL,
+	p = startProgram(t, os.Args[0], []string{"migrate"}, "DATABASE_URL="+databaseURL,
 		"BETTER_AUTH_SECRET=", "PORT=")
 	return p.wait(20 * time.Second), p
 }
