@@ -186,7 +186,7 @@ func TestOpenAPIExamplesAreTrue(t *testing.T) {
 	missing := map[string]string{} // all texts but those for a request without a route
 	for _, err := range []error{errBadJSON, errCutBody, errNoToken, errBadToken, errOtherUser,
 		errNotFound, errSlowBody, errChanged, errLargeBody, errNotJSON, errEncoded, errKeyReused,
-		errBlank, errLimit, errTooMany, errManyHeaders, errInternal, errNotSent, errUnavailable} {
+		errBlank, errLimit, errTooMany, errManyHeaders, errInternal, errNotSent, errMayHaveRun} {
 		missing[err.Error()] = fmt.Sprint(err.(apiError).status)
 	}
 	texts := maps.Clone(missing)

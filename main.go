@@ -175,12 +175,18 @@ type server struct {
 	quiet atomic.Pointer[time.Timer] // of a shutdown; nil before it begins
 
 	requestsMu sync.Mutex
-	requests   map[string]int // answered, by their labels in Prometheus' text format
+	requests   map[requestLabels]int // the number of requests
+}
+
+// requestLabels are the labels of a request in the metrics.
+type requestLabels struct {
+	route, method string
+	status        int
 }
 
 func newServer(set settings, db *database, log *slog.Logger) *server {
 	s := &server{settings: set, db: db, log: log, mux: http.NewServeMux(),
-		requests: map[string]int{}, slots: slots{users: map[string]*userSlots{}}}
+		requests: map[requestLabels]int{}, slots: slots{users: map[string]*userSlots{}}}
 	s.slots.limit = max(1, int(db.pool.Config().MaxConns)/3)
 	for pattern, h := range s.routes() {
 		s.mux.HandleFunc(pattern, h)
@@ -377,15 +383,21 @@ func (s *slots) acquire(ctx context.Context, user string) (release func(), err e
 		}
 	}
 	select {
-	case u.taken <- struct{}{}:
-		return func() { <-u.taken; leave() }, nil
-	case <-ctx.Done():
-		err = fmt.Errorf("%w: wait for a slot: %w", errNotSent, ctx.Err())
-	case <-time.After(slotTimeout):
-		err = errTooMany
+	case u.taken <- struct{}{}: // most requests need no timer
+	default:
+		select {
+		case u.taken <- struct{}{}:
+		case <-ctx.Done():
+			err = fmt.Errorf("%w: wait for a slot: %w", errNotSent, ctx.Err())
+		case <-time.After(slotTimeout):
+			err = errTooMany
+		}
 	}
-	leave()
-	return nil, err
+	if err != nil {
+		leave()
+		return nil, err
+	}
+	return func() { <-u.taken; leave() }, nil
 }
 
 // methods are those in the Allow header, the log and the metrics. Any other is logged as "other".
@@ -667,10 +679,8 @@ func (s *server) record(w *response, r *http.Request, e *entry) {
 	if !slices.Contains(methods, method) {
 		method = "other" // clients can invent any number of methods, of any length
 	}
-	// route is a pattern of the mux, so the number of labels is bounded.
-	labels := fmt.Sprintf(`route="%s",method="%s",status="%d"`, route, method, w.status)
 	s.requestsMu.Lock()
-	s.requests[labels]++
+	s.requests[requestLabels{route, method, w.status}]++ // bounded: route is a pattern of the mux
 	s.requestsMu.Unlock()
 	level := slog.LevelInfo
 	switch {
@@ -746,8 +756,9 @@ func (s *server) serveMetrics(w http.ResponseWriter, _ *http.Request) {
 	text.WriteString("# HELP todo_http_requests_total Requests by route, method and status.\n" +
 		"# TYPE todo_http_requests_total counter\n")
 	s.requestsMu.Lock()
-	for labels, n := range s.requests {
-		fmt.Fprintf(&text, "todo_http_requests_total{%s} %d\n", labels, n)
+	for l, n := range s.requests {
+		fmt.Fprintf(&text, "todo_http_requests_total{route=%q,method=%q,status=\"%d\"} %d\n",
+			l.route, l.method, l.status, n)
 	}
 	s.requestsMu.Unlock()
 	writeBody(w, http.StatusOK, "text/plain; version=0.0.4; charset=utf-8", text.Bytes())

@@ -68,7 +68,7 @@ func (t timestamp) String() string { return time.Time(t).UTC().Format(timestampF
 
 // MarshalText makes a timestamp a JSON string.
 func (t timestamp) MarshalText() ([]byte, error) {
-	return time.Time(t).UTC().AppendFormat(nil, timestampFormat), nil
+	return time.Time(t).UTC().AppendFormat(make([]byte, 0, 32), timestampFormat), nil
 }
 
 // etag returns the task's entity-tag: its version in quotes. No two versions of a task have the
