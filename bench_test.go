@@ -113,7 +113,7 @@ func startQuiet(b *testing.B, program, runs, databaseURL string) *process {
 	b.Helper()
 	p := startProgram(b, "/bin/sh", []string{"-c", `exec "$0" >/dev/null`, program},
 		"TODO_APP_TEST_RUNS="+runs, "DATABASE_URL="+withParam(databaseURL, "pool_max_conns=15"))
-	p.waitLive()
+	p.waitHealth("live")
 	return p
 }
 

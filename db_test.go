@@ -153,28 +153,6 @@ func TestInvalidDatabaseURL(t *testing.T) {
 			t.Errorf("poolConfig(%q) = %v, want an error that contains %q", text, err, want)
 		}
 	}
-
-	pieces := []string{":", "@", "/", "?", "&", "=", "%", "%20", "%zz", "#", " ", "\t", "[", "]", ",",
-		";", "+", "\\", "'", `"`, "`", "\x00", "é", "\xff", "1", "hunt", "sslmode", "host", "password"}
-	for range 5_000 {
-		password := ""
-		for range 1 + mathrand.IntN(6) {
-			password += pieces[mathrand.IntN(len(pieces))]
-		}
-		password += "hunt"
-		config, err := poolConfig("postgres://u:" + password + "@db.example.com/d?sslmode=require")
-		shown := fmt.Sprint(err)
-		if err == nil {
-			conn := config.ConnConfig
-			shown = fmt.Sprint(conn.Host, conn.User, conn.Database, conn.RuntimeParams)
-			for _, h := range conn.Fallbacks {
-				shown += h.Host
-			}
-		}
-		if strings.Contains(shown, "hunt") {
-			t.Fatalf("the password %q is shown in %q", password, shown)
-		}
-	}
 }
 
 // A message about a failed connection names the cause, which may be a parameter that nobody knows,
@@ -395,7 +373,7 @@ func TestDroppedRequestsAndResponses(t *testing.T) {
 				t.Parallel()
 				d, r := startOverRelay(t, withoutPings)
 				c := startService(t, d, settings{}).newClient()
-				prepareStatements(c)
+				c.useEveryRoute() // until it is prepared, a statement takes two requests
 				created := c.do("POST", "", `{"title": "before"}`)
 				path := strings.ReplaceAll(row.path, "ID", decode[wireTask](t, created.body).path())
 				var headers []string
@@ -429,6 +407,36 @@ func TestDroppedRequestsAndResponses(t *testing.T) {
 	}
 }
 
+// useEveryRoute uses every route that needs the database, so that a connection that is used alone
+// prepares every statement of the service. It leaves no task.
+func (c *client) useEveryRoute() {
+	c.t.Helper()
+	task := c.create("Milch für Zoë, 牛奶 🥛").path()
+	key, stale := []string{"Idempotency-Key", rand.Text()}, []string{"If-Match", `"1"`}
+	for _, row := range []struct {
+		method, path, body string
+		status             int
+		headers            []string
+	}{
+		{"POST", "", `{"title": "x"}`, 201, key},
+		{"POST", "", `{"title": "x"}`, 201, key},
+		{"GET", "", "", 200, nil},
+		{"GET", "?completed=false&total=true", "", 200, nil},
+		{"GET", task, "", 200, nil},
+		{"PATCH", task + "/complete", "", 200, nil},
+		{"PATCH", task, `{"description": "é"}`, 200, nil},
+		{"PUT", task, `{"title": "x"}`, 412, stale},
+		{"DELETE", task, "", 412, stale},
+		{"DELETE", task, "", 204, nil},
+	} {
+		if a := c.do(row.method, row.path, row.body, row.headers...); a.status != row.status {
+			c.t.Errorf("%s %s = %v, want %d", row.method, row.path, a, row.status)
+		}
+	}
+	c.do("DELETE", c.list("")[0].path(), "")
+	c.wantTasks("")
+}
+
 // wantTasks compares the user's tasks with a list such as "new before done".
 func (c *client) wantTasks(want string) {
 	c.t.Helper()
@@ -442,24 +450,6 @@ func (c *client) wantTasks(want string) {
 	if text := strings.Join(got, " "); text != want {
 		c.t.Errorf("the tasks are %q, want %q", text, want)
 	}
-}
-
-// prepareStatements makes one connection prepare every statement of the service, and leaves no
-// task. Until it is prepared, a statement takes two requests.
-func prepareStatements(c *client) {
-	c.t.Helper()
-	c.do("POST", "", `{"title": "keyed"}`, "Idempotency-Key", rand.Text())
-	for _, task := range []string{c.list("")[0].path(), c.create("plain").path()} {
-		for _, headers := range [][]string{nil, {"If-Match", "*"}} {
-			c.do("GET", task, "")
-			c.do("PATCH", task+"/complete", "", headers...)
-			c.do("PATCH", task, `{"title": "x", "description": null}`, headers...)
-			c.do("PATCH", task, `{}`, "If-Match", `"another"`)
-			c.do("DELETE", task, "", headers...)
-		}
-	}
-	c.do("GET", "?total=true", "")
-	c.do("GET", "?total=true&completed=true", "")
 }
 
 // Under load, a series of faults neither loses nor repeats a change.
@@ -538,7 +528,7 @@ func TestBrokenConnectionsAreNoticed(t *testing.T) {
 			for _, policy := range row.first {
 				use(policy)
 			}
-			<-inParallel(int(row.conns), func() { use(noRetry) })
+			<-inParallel(int(row.conns), func(int) { use(noRetry) })
 		})
 	}
 }
@@ -558,7 +548,7 @@ func TestOutage(t *testing.T) {
 	s := startService(t, d, settings{})
 	r.down.Store(true)
 	d.pool.Reset()
-	wait := func() {
+	wait := func(int) {
 		c, start := s.newClient(), time.Now()
 		a, err := c.try("POST", c.path(""), `{"title": "x"}`)
 		took := time.Since(start)
@@ -577,12 +567,15 @@ func TestOutage(t *testing.T) {
 	if took := time.Since(start); took < 3*time.Second {
 		t.Errorf("five attempts to connect took %v, want one a second", took)
 	}
+	if a := s.newClient().send("GET", "/health/ready", ""); a.status != 200 {
+		t.Errorf("/health/ready in an outage = %v, want 200, because the start is done", a)
+	}
 	<-first
 	<-others
 	r.heal()
 	start, dials = time.Now(), r.dials.Load()
 	c := s.newClient()
-	recovered := inParallel(1, func() { c.list("") })
+	recovered := inParallel(1, func(int) { c.list("") })
 	eventually(t, "attempt to connect", func() bool { return r.dials.Load() > dials })
 	took := time.Since(start) // without TLS and SCRAM, which take a second on a busy machine
 	if <-recovered; took > 2*time.Second || connectFails(d) {
@@ -591,7 +584,7 @@ func TestOutage(t *testing.T) {
 }
 
 // The server rejects a connection, because other instances have them all. A request uses a
-// connection that becomes idle, and the limit of requests per user stays a 429 after 5 s.
+// connection that becomes idle.
 func TestRejectedConnectionHarmsNobody(t *testing.T) {
 	t.Parallel()
 	d, r := startOverRelay(t)
@@ -599,27 +592,21 @@ func TestRejectedConnectionHarmsNobody(t *testing.T) {
 	busy := s.newClient()
 	ids := busy.fill(5)
 	tx := lockTasks(t, busy.user)
-	var next atomic.Int64
-	changed := inParallel(5, func() {
-		path := busy.path(fmt.Sprint("/", ids[next.Add(1)-1]))
+	changed := inParallel(5, func(i int) {
+		path := busy.path(fmt.Sprint("/", ids[i]))
 		if a, err := busy.try("PATCH", path, `{}`); err != nil || a.status != 200 {
 			t.Errorf("change after the lock was released = %v %v, want 200", a, err)
 		}
 	})
 	waitBlocked(t, tx, 5)
 	r.room.Store(5)
-	listed := inParallel(10, func() {
+	listed := inParallel(10, func(int) {
 		c := s.newClient()
 		if a, err := c.try("GET", c.path(""), ""); err != nil || a.status != 200 {
 			t.Errorf("list after the lock was released = %v %v, want 200", a, err)
 		}
 	})
 	eventually(t, "rejected connection", func() bool { return connectFails(d) })
-	start := time.Now()
-	a := busy.do("GET", "", "")
-	if took := time.Since(start); a.status != 429 || took < 5*time.Second || took > 15*time.Second {
-		t.Errorf("the user's sixth request = %v after %v, want 429 after 5 s", a, took)
-	}
 	tx.Rollback(t.Context())
 	<-changed
 	<-listed
@@ -636,7 +623,7 @@ func TestTimedOutStatement(t *testing.T) {
 	connect(t, d, 2)
 	tx := lockTasks(t, c.user)
 	release, dials := occupy(t, d, 1), r.dials.Load()
-	timedOut := inParallel(1, func() {
+	timedOut := inParallel(1, func(int) {
 		_, err := runWithin(d, 2*time.Second, retry, // even if it could be repeated
 			`UPDATE public.tasks SET title = 'x' WHERE user_id = $1 RETURNING 1`, c.user)
 		if !errors.Is(err, errMayHaveRun) {
@@ -682,7 +669,7 @@ func TestErrorInATrigger(t *testing.T) {
 	t.Parallel()
 	u := createDatabase(t)
 	p := startProcess(t, "DATABASE_URL="+u)
-	p.waitReady()
+	p.waitHealth("ready")
 	c, db := p.newClient(), openDB(t, u)
 	for code, sql := range map[string]string{
 		"42P01": `PERFORM FROM missing;`,
@@ -708,9 +695,8 @@ func TestErrorInATrigger(t *testing.T) {
 func TestStatementsArePreparedOnce(t *testing.T) {
 	t.Parallel()
 	d := startDB(t, openDB(t, createDatabase(t))) // one connection, and one session of the server
-	c := startService(t, d, settings{}).newClient()
 	for range 2 {
-		prepareStatements(c)
+		startService(t, d, settings{}).newClient().useEveryRoute()
 	}
 	var n int
 	var once string
@@ -724,7 +710,8 @@ func TestStatementsArePreparedOnce(t *testing.T) {
 	}
 }
 
-// A statement that fails because it is prepared is repeated unprepared, a change too.
+// A statement that fails because it is prepared is repeated unprepared, a change too. A later
+// release may change the type of a column (0A000), and a pooler may lose or mix up statements.
 func TestPreparedStatementFails(t *testing.T) {
 	t.Parallel()
 	for code, fault := range map[string]func(t *testing.T, d *database){
@@ -741,7 +728,7 @@ func TestPreparedStatementFails(t *testing.T) {
 	} {
 		t.Run(code, func(t *testing.T) {
 			t.Parallel()
-			if pooled {
+			if pooled && code != "0A000" {
 				t.Skip("needs a direct connection")
 			}
 			d := openDB(t, withParam(createDatabase(t), "pool_max_conns=1"))
@@ -759,60 +746,6 @@ func TestPreparedStatementFails(t *testing.T) {
 	}
 }
 
-// A column changes its type under load, as a step of a later release may do. No request fails.
-func TestColumnTypeChangesUnderLoad(t *testing.T) {
-	t.Parallel()
-	u := createDatabase(t)
-	d, r := openOverRelay(t, withParam(u, "pool_max_conns=6"))
-	l := newLedger(t, openDB(t, u), startService(t, startDB(t, d), settings{}).url, r.name)
-	track := &tracker{RoundTripper: keepingConnections(t).Transport}
-	for _, c := range l.users {
-		c.http = &http.Client{Transport: track}
-	}
-	l.reads = true
-	l.run()
-	for i := range 3 {
-		sqlExec(t, l.db.pool, fmt.Sprintf(
-			`ALTER TABLE public.tasks ALTER COLUMN description TYPE varchar(%d)`, 2000+i))
-		before := l.made.Load()
-		eventually(t, "changes", func() bool { return l.made.Load() >= before+50 })
-	}
-	l.end()
-	l.check()
-	if n := track.unavailable.Load(); n != 0 {
-		t.Errorf("%d requests got a 503, want none", n)
-	}
-}
-
-// useEveryRoute has a new user of a service use every route that needs the database.
-func useEveryRoute(t *testing.T, d *database) {
-	t.Helper()
-	c := startService(t, d, settings{}).newClient()
-	task := c.create("Milch für Zoë, 牛奶 🥛").path()
-	key, stale := []string{"Idempotency-Key", "one-key-for-both"}, []string{"If-Match", `"1"`}
-	for _, row := range []struct {
-		method, path, body string
-		status             int
-		headers            []string
-	}{
-		{"POST", "", `{"title": "x"}`, 201, key},
-		{"POST", "", `{"title": "x"}`, 201, key},
-		{"GET", "", "", 200, nil},
-		{"GET", "?completed=false&total=true", "", 200, nil},
-		{"GET", task, "", 200, nil},
-		{"PATCH", task + "/complete", "", 200, nil},
-		{"PATCH", task, `{"description": "é"}`, 200, nil},
-		{"PUT", task, `{"title": "x"}`, 412, stale},
-		{"DELETE", task, "", 412, stale},
-		{"DELETE", task, "", 204, nil},
-	} {
-		if a := c.do(row.method, row.path, row.body, row.headers...); a.status != row.status {
-			t.Errorf("%s %s = %v, want %d", row.method, row.path, a, row.status)
-		}
-	}
-	c.wantTasks("x")
-}
-
 // Every statement names public.tasks, because pg_dump empties the search path of a session, which a
 // pooler then gives to another client.
 func TestSearchPath(t *testing.T) {
@@ -821,17 +754,24 @@ func TestSearchPath(t *testing.T) {
 	alterDatabase(t, u, `SET search_path = other`)
 	d := openDB(t, u)
 	sqlExec(t, d.pool, `CREATE SCHEMA other; CREATE TABLE other.tasks ()`)
-	useEveryRoute(t, startDB(t, d))
+	startService(t, startDB(t, d), settings{}).newClient().useEveryRoute()
 }
 
 // With default_query_exec_mode=exec no statement is prepared, for poolers without support.
 func TestExecMode(t *testing.T) {
 	t.Parallel()
 	d := openDB(t, withParam(createDatabase(t), "default_query_exec_mode=exec"))
-	useEveryRoute(t, startDB(t, d))
+	startService(t, startDB(t, d), settings{}).newClient().useEveryRoute()
 	if n := sqlValue[int](t, d.pool, `SELECT count(*) FROM pg_prepared_statements`); n != 0 {
 		t.Errorf("%d statements are prepared, want none", n)
 	}
+}
+
+// endSessions makes the server end every session of a database.
+func endSessions(t testing.TB, databaseURL string) {
+	t.Helper()
+	sqlExec(t, sharedDB.pool, `SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
+		WHERE datname = $1`, databaseName(t, databaseURL))
 }
 
 // After a failover the pool's sessions are read-only, and new ones are not. The pool is reset once

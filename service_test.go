@@ -295,22 +295,18 @@ func (a answer) detail() string {
 func atOnce(t testing.TB, n int, request func(i int) (answer, error)) []answer {
 	t.Helper()
 	answers, errs := make([]answer, n), make([]error, n)
-	var all sync.WaitGroup
-	for i := range n {
-		all.Go(func() { answers[i], errs[i] = request(i) })
-	}
-	all.Wait()
+	<-inParallel(n, func(i int) { answers[i], errs[i] = request(i) })
 	if err := errors.Join(errs...); err != nil {
 		t.Fatal(err)
 	}
 	return answers
 }
 
-// inParallel runs n copies of f. The channel is closed when all have returned.
-func inParallel(n int, f func()) <-chan struct{} {
+// inParallel runs f(0) to f(n-1). The channel is closed when all have returned.
+func inParallel(n int, f func(i int)) <-chan struct{} {
 	var all sync.WaitGroup
-	for range n {
-		all.Go(f)
+	for i := range n {
+		all.Go(func() { f(i) })
 	}
 	done := make(chan struct{})
 	go func() {
@@ -402,47 +398,6 @@ func decodeStrictly(body string, v any) error {
 	return d.Decode(v)
 }
 
-// dialRaw sends text as it is on a new connection, which is closed when the test ends.
-func dialRaw(t testing.TB, service, text string) net.Conn {
-	t.Helper()
-	conn, err := net.Dial("tcp", strings.TrimPrefix(service, "http://"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	conn.SetDeadline(time.Now().Add(30 * time.Second))
-	if _, err := io.WriteString(conn, text); err != nil {
-		t.Fatal(err)
-	}
-	return conn
-}
-
-// rawCreate returns the text of a create by c, with more header lines.
-func (c *client) rawCreate(body string, headers ...string) string {
-	return fmt.Sprintf("POST %s HTTP/1.1\r\nHost: todo\r\nAuthorization: %s\r\n%s\r\n\r\n%s",
-		c.path(""), c.authorization, strings.Join(headers, "\r\n"), body)
-}
-
-// readAnswer reads the one response that is expected on a connection.
-func readAnswer(t testing.TB, conn net.Conn) answer {
-	t.Helper()
-	res, err := http.ReadResponse(bufio.NewReader(conn), nil)
-	if err != nil {
-		t.Fatalf("read a response: %v", err)
-	}
-	body, err := io.ReadAll(res.Body)
-	if err != nil {
-		t.Fatalf("read the body of a response: %v", err)
-	}
-	return answer{res.StatusCode, res.Header, string(body)}
-}
-
-// isClosed reports whether the service closes a connection without sending anything more.
-func isClosed(conn net.Conn) bool {
-	n, err := conn.Read(make([]byte, 1))
-	return n == 0 && err != nil && !errors.Is(err, os.ErrDeadlineExceeded)
-}
-
 // A process is the service as a process.
 type process struct {
 	t      testing.TB
@@ -458,12 +413,6 @@ func startProcess(t testing.TB, settings ...string) *process {
 	t.Helper()
 	testDB(t)
 	return startProgram(t, os.Args[0], nil, settings...)
-}
-
-// startDetachedProcess is startDetached for a process, which exits after 30 s.
-func startDetachedProcess(t testing.TB, settings ...string) *process {
-	t.Helper()
-	return startProgram(t, os.Args[0], nil, append(settings, "DATABASE_URL="+noDatabase)...)
 }
 
 // startProgram is startProcess for any program. The process is killed when the test ends.
@@ -510,21 +459,10 @@ func freePort(t testing.TB) string {
 	return ""
 }
 
-// listenLocally listens on a free port of this machine until the test ends.
-func listenLocally(t testing.TB) net.Listener {
-	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { listener.Close() })
-	return listener
-}
-
 // newClient returns a client of the process with a new user, once the process is live.
 func (p *process) newClient() *client {
 	p.t.Helper()
-	p.waitLive()
+	p.waitHealth("live")
 	return newClientOf(p.t, p.url, newUser())
 }
 
@@ -536,16 +474,6 @@ func (p *process) health(route string) int {
 	}
 	res.Body.Close()
 	return res.StatusCode
-}
-
-func (p *process) waitLive() {
-	p.t.Helper()
-	p.waitHealth("live")
-}
-
-func (p *process) waitReady() {
-	p.t.Helper()
-	p.waitHealth("ready")
 }
 
 func (p *process) waitHealth(route string) {
@@ -576,25 +504,6 @@ func (p *process) wait(limit time.Duration) int {
 		p.t.Fatalf("the service has not exited after %v: %s", limit, p.output.String())
 	}
 	return p.cmd.ProcessState.ExitCode()
-}
-
-// underRace reports whether the race detector runs, which distorts times and memory figures.
-func underRace() bool {
-	build, _ := debug.ReadBuildInfo()
-	return slices.Contains(build.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
-}
-
-// laterStep returns "step N" for the nth step after those of this release.
-func laterStep(n int) string {
-	return fmt.Sprint("step ", len(schemaSteps(schema))+n)
-}
-
-// runMigrate runs `todo-app migrate` with no setting but DATABASE_URL.
-func runMigrate(t testing.TB, databaseURL string) (status int, p *process) {
-	t.Helper()
-	p = startProgram(t, os.Args[0], []string{"migrate"}, "DATABASE_URL="+databaseURL,
-		"BETTER_AUTH_SECRET=", "PORT=")
-	return p.wait(20 * time.Second), p
 }
 
 // A lockedBuffer collects a log.
@@ -726,13 +635,11 @@ func withParam(databaseURL, param string) string {
 	return databaseURL + "?" + param
 }
 
-var testDatabase = regexp.MustCompile(`^/test_[a-z0-9]+$`)
-
 // databaseName returns the name of a database of createDatabase.
 func databaseName(t testing.TB, databaseURL string) string {
 	t.Helper()
 	u, err := url.Parse(databaseURL)
-	if err != nil || !testDatabase.MatchString(u.Path) {
+	if err != nil || !strings.HasPrefix(u.Path, "/test_") {
 		t.Fatalf("%s is not a database of createDatabase: %v", databaseURL, err)
 	}
 	return u.Path[1:]
@@ -742,13 +649,6 @@ func databaseName(t testing.TB, databaseURL string) string {
 func alterDatabase(t testing.TB, databaseURL, sql string) {
 	t.Helper()
 	sqlExec(t, sharedDB.pool, `ALTER DATABASE `+databaseName(t, databaseURL)+` `+sql)
-}
-
-// endSessions makes the server end every session of a database.
-func endSessions(t testing.TB, databaseURL string) {
-	t.Helper()
-	sqlExec(t, sharedDB.pool, `SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
-		WHERE datname = $1`, databaseName(t, databaseURL))
 }
 
 // A runner is a pool or a transaction.
