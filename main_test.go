@@ -2,7 +2,6 @@ package main
 
 import (
 	"bufio"
-	"bytes"
 	"cmp"
 	"context"
 	"crypto/rand"
@@ -445,48 +444,6 @@ func TestSettings(t *testing.T) {
 	}
 }
 
-// FuzzHandler sends any request to the whole handler, with the token of a separate user.
-func FuzzHandler(f *testing.F) {
-	origins := []string{"https://app.example.com"}
-	s := newServer(settings{auth: sharedAuth, origins: origins}, testDB(f), newLogger(io.Discard, 0))
-	// With -fuzz, worker processes run this function too, and are killed. They must use the same
-	// users, whose tasks the first process removes.
-	const variable = "TODO_APP_FUZZ_RUN"
-	run, secret := cmp.Or(os.Getenv(variable), rand.Text()), "secret-"+rand.Text()
-	f.Setenv(variable, run)
-	other, c := newClientOf(f, sharedURL, "test-other-"+run), newClientOf(f, sharedURL, "test-"+run)
-	hidden, task := other.create(secret).path(), c.path(c.create("Milk").path())
-	for _, seed := range []struct{ method, target, headers, body string }{
-		{"GET", c.path("?limit=1&before=9&completed=true&total=true"), "", ""},
-		{"HEAD", task, "If-None-Match: W/\"1\", *\r\n", ""},
-		{"POST", c.path(""), "Idempotency-Key: 0123456789abcdef\r\n", `{"title": "\u0000\ud83d\ude00"}`},
-		{"PUT", task, "If-Match: \"2026-01-01T00:00:00.000000Z\"\r\n", `{"description": null}`},
-		{"PATCH", task + "/complete", "If-Match: *\r\nIf-Match: \"-1\"\r\n", `{"completed": true}{`},
-		{"DELETE", c.path(hidden), "", ""},
-		{"GET", other.path(hidden), "X-Request-Id: \xff\r\nTraceparent: 00-0-0\r\n", ""},
-		{"CONNECT", "//api/../%00/tasks/?%00", "Origin: " + origins[0] + "\r\n", ""},
-	} {
-		f.Add(seed.method, seed.target, seed.headers, []byte(seed.body))
-	}
-	f.Fuzz(func(t *testing.T, method, target, headers string, body []byte) {
-		text := fmt.Sprintf("%s %s HTTP/1.1\r\nHost: todo\r\n%sAuthorization: %s\r\n\r\n",
-			method, target, headers, c.authorization)
-		r, err := http.ReadRequest(bufio.NewReader(strings.NewReader(text)))
-		if err != nil || r.RequestURI == "*" {
-			return // net/http answers
-		}
-		r.Body, r.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
-		w := httptest.NewRecorder()
-		s.ServeHTTP(w, r)
-		a := answer{w.Code, w.Result().Header, w.Body.String()}
-		err = a.check(r.Method, r.URL.EscapedPath())
-		if a.status < 200 || a.status >= 500 || err != nil ||
-			strings.Contains(fmt.Sprint(a.header, a.body), secret) {
-			t.Errorf("%q = %v %v (%v), want no 500 and no other user's task", text, a, a.header, err)
-		}
-	})
-}
-
 // Each request has one line in the log, with its fields. No line is long or contains a secret, no
 // matter what a client sends.
 func TestLog(t *testing.T) {
@@ -503,7 +460,6 @@ func TestLog(t *testing.T) {
 		{"GET " + list + "/hunter2", `X-Request-Id: hunter2"`, "", "GET /tasks/{id} 404"},
 		{"POST " + list, "", `{"title": "hunter2`, "POST /tasks 400"},
 		{"POST " + list, "", `{"title": "hunter2\u0000"}`, "POST /tasks 422"},
-		{"GET " + list, "Authorization: Bearer h.hunter2.h", "", "GET /tasks 401"},
 		{"GET " + list, "Authorization: " + c.authorization + "hunter2", "", "GET /tasks 401"},
 		{"GET /api/hunter2/tasks", "", "", "GET /tasks 403"},
 		{"GET /?access_token=hunter2", "Traceparent: " + long("ab"), "", "GET / 404"},
@@ -810,16 +766,16 @@ func TestSignals(t *testing.T) {
 	p, impatient := startProcess(t), startProcess(t)
 	p.waitHealth("ready")
 	impatient.waitHealth("ready")
-	p.signal(syscall.SIGINT)
+	p.cmd.Process.Signal(syscall.SIGINT)
 	if status := p.wait(2 * time.Second); status != 0 {
 		t.Errorf("exit status %d, want 0: %s", status, p.output.String())
 	}
-	impatient.signal(syscall.SIGTERM)
+	impatient.cmd.Process.Signal(syscall.SIGTERM)
 	eventually(t, "response with Connection: close", func() bool {
 		res, err := http.Get(impatient.url + "/health/live")
 		return err == nil && res.Body.Close() == nil && res.Close
 	})
-	impatient.signal(syscall.SIGTERM)
+	impatient.cmd.Process.Signal(syscall.SIGTERM)
 	if status := impatient.wait(exitLimit); status != -1 {
 		t.Errorf("exit status %d after a second signal, want -1: that of the signal", status)
 	}
@@ -840,7 +796,7 @@ func TestShutdownCancelsStatements(t *testing.T) {
 		took = time.Since(start)
 	})
 	waitBlocked(t, tx, 1)
-	p.signal(syscall.SIGTERM)
+	p.cmd.Process.Signal(syscall.SIGTERM)
 	if status := p.wait(exitLimit); status != 0 {
 		t.Errorf("exit status %d, want 0: %s", status, p.output.String())
 	}
@@ -876,7 +832,7 @@ func TestShutdownLosesNoRequest(t *testing.T) {
 	})
 	eventually(t, "load", func() bool { return created.Load() > 100 })
 	end.Store(new(time.Now().Add(5 * time.Second)))
-	p.signal(syscall.SIGTERM)
+	p.cmd.Process.Signal(syscall.SIGTERM)
 	if status := p.wait(exitLimit); status != 0 {
 		t.Errorf("exit status %d, want 0: %s", status, p.output.String())
 	}
