@@ -317,7 +317,6 @@ func TestSecretsAtStart(t *testing.T) {
 
 		{"", "", "BETTER_AUTH_SECRET is not set"},
 		{a[1:], "", "BETTER_AUTH_SECRET has fewer than 32 bytes"},
-		{"better-auth-secret-123456789", "", "BETTER_AUTH_SECRET has fewer"}, // the default up to 1.3
 		{"better-auth-secret-12345678901234567890\n", "", "BETTER_AUTH_SECRET" + public},
 		{a, "2:" + a + ",1:" + b[1:] + " ", "BETTER_AUTH_SECRETS entry 2 has fewer"}, // trimmed
 		{a, b, "BETTER_AUTH_SECRETS" + listForm},
@@ -369,12 +368,11 @@ func TestTokenCommand(t *testing.T) {
 			}
 		}
 	})
-	for _, args := range [][]string{{"token"}, {"token", "alice", "role=admin"}, {"token", ""},
-		{"token", "a\x00"}, {"token", "a\xff"}, {"token", strings.Repeat("ä", 256) + "x"}} {
+	for _, user := range []string{"", "a\x00", "a\xff", strings.Repeat("ä", 256) + "x"} {
 		var out bytes.Buffer
-		err := run(t.Context(), args, env("BETTER_AUTH_SECRET="+testSecret), &out)
+		err := run(t.Context(), []string{"token", user}, env("BETTER_AUTH_SECRET="+testSecret), &out)
 		if err == nil || out.Len() != 0 {
-			t.Errorf("run(%q) = %v, prints %q, want an error alone", args, err, out.String())
+			t.Errorf("token %q = %v, prints %q, want an error alone", user, err, out.String())
 		}
 	}
 }

@@ -127,11 +127,8 @@ type caller struct {
 
 func newCaller(b *testing.B, service, user, method, suffix, body string) *caller {
 	b.Helper()
-	conn, err := net.Dial("tcp", strings.TrimPrefix(service, "http://"))
-	if err != nil {
-		b.Fatal(err)
-	}
-	b.Cleanup(func() { conn.Close() })
+	conn := dialRaw(b, service, "")
+	conn.SetDeadline(time.Time{})
 	c := newClientOf(b, service, user)
 	return &caller{conn, bufio.NewReaderSize(conn, 32<<10), fmt.Sprintf("%s %s HTTP/1.1\r\n"+
 		"Host: todo\r\nAuthorization: %s\r\nContent-Type: application/json\r\nContent-Length: %d"+

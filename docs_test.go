@@ -20,7 +20,6 @@ import (
 	"sync"
 	"testing"
 	"time"
-	"unicode"
 	"unicode/utf8"
 
 	"github.com/jackc/pgx/v5"
@@ -444,21 +443,17 @@ func runBlock(t testing.TB, databaseURL, block string) (rows []string) {
 	return rows
 }
 
-// All blocks of the page on one database: another application's table public.tasks is imported,
-// then the FastAPI application's, a restore without some parts is repaired, and an index is created
-// before its step.
+// All blocks of docs/moving.md on one database: the tasks of another application and those of the
+// FastAPI one are imported, an incomplete restore is repaired, an index precedes its step.
 func TestMovingPage(t *testing.T) {
 	t.Parallel()
-	page, err := os.ReadFile("docs/moving.md")
-	if err != nil {
-		t.Fatal(err)
-	}
+	page := readFile(t, "docs/moving.md")
 	blocks := map[string]string{}
 	block := regexp.MustCompile("(?s)<!-- sql: ([a-z]+) -->\n```sql\n(.*?)```\n")
-	for _, match := range block.FindAllStringSubmatch(string(page), -1) {
+	for _, match := range block.FindAllStringSubmatch(page, -1) {
 		blocks[match[1]] = match[2]
 	}
-	if n := strings.Count(string(page), "```sql"); n != len(blocks) || n != 6 {
+	if n := strings.Count(page, "```sql"); n != len(blocks) || n != 6 {
 		t.Errorf("%d SQL blocks, %d with a name, want the 6 of this test", n, len(blocks))
 	}
 	u := createDatabase(t)
@@ -494,12 +489,7 @@ func TestMovingPage(t *testing.T) {
 		UpdatedAt: day.Add(time.Second / 2)})
 
 	// The longest texts, and a time that New York's clocks skip. The rows after it are invalid.
-	long, blank := strings.Repeat("é", 1000), ""
-	for r := range rune(0x3001) {
-		if unicode.IsSpace(r) {
-			blank += string(r)
-		}
-	}
+	long := strings.Repeat("é", 1000)
 	title, longest := long[:2*200], long[:2*256]
 	sqlExec(t, d.pool, `CREATE TABLE public.task (id bigint, user_id varchar, title varchar,
 		description varchar, completed boolean, created_at timestamp, updated_at timestamp)`)
@@ -508,7 +498,7 @@ func TestMovingPage(t *testing.T) {
 		`0, 'u', 'x', '', true, now(), now()`,
 		`1, '', 'x', '', true, now(), now()`,
 		`2, '` + longest + `x', 'x', '', true, now(), now()`,
-		`3, 'u', '` + blank + `', '', true, now(), now()`,
+		`3, 'u', '` + decode[string](t, blank) + `', '', true, now(), now()`,
 		`4, 'u', '` + title + `x', '', true, now(), now()`,
 		`5, 'u', 'x', '` + long + `x', true, now(), now()`,
 		`6, 'u', 'x', '', NULL, now(), now()`,

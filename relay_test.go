@@ -18,8 +18,15 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// This file contains the faults that tests inject between a service and its database, the load
-// under which they do it, and no test.
+// The faults that tests inject between a service and its database, and the load under which they do
+// it:
+//
+//	relay            carries the packets between them and injects the faults: openOverRelay, or
+//	                 startOverRelay for the tests' database with the schema
+//	link             one connection through a relay
+//	connect, occupy  open connections of the pool; occupy keeps them in use
+//	ledger           runs clients and records what they know about their tasks; check compares that
+//	                 with the database
 
 // A relay carries the packets between a service and its database, below TLS. It has the faults of
 // networks, poolers and servers.
@@ -33,7 +40,6 @@ type relay struct {
 	dropRequests  atomic.Int64 // this many requests never reach the server; their connections close
 	dropResponses atomic.Int64 // responses that never reach the service; the server did the work
 	forward       func() (net.Conn, error)
-	listener      net.Listener
 	mu            sync.Mutex
 	links         map[*link]bool
 }
@@ -50,9 +56,9 @@ func (l *link) close() {
 	l.server.Close()
 }
 
-func (r *relay) serve() {
+func (r *relay) serve(listener net.Listener) {
 	for {
-		client, err := r.listener.Accept()
+		client, err := listener.Accept()
 		if err != nil {
 			return
 		}
@@ -153,7 +159,7 @@ func openOverRelay(
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { listener.Close() })
-	r := &relay{name: newUser(), listener: listener, links: map[*link]bool{}}
+	r := &relay{name: newUser(), links: map[*link]bool{}}
 	d := openDB(t, databaseURL, append(changes, func(config *pgxpool.Config) {
 		conn := config.ConnConfig
 		network, address := pgconn.NetworkAddress(conn.Host, conn.Port)
@@ -165,7 +171,7 @@ func openOverRelay(
 		conn.RuntimeParams["application_name"] = r.name
 	})...)
 	t.Cleanup(r.heal) // before the pool is closed, which waits for its connections
-	go r.serve()
+	go r.serve(listener)
 	return d, r
 }
 
@@ -175,15 +181,6 @@ func startOverRelay(t testing.TB, changes ...func(*pgxpool.Config)) (*database, 
 	testDB(t)
 	d, r := openOverRelay(t, os.Getenv("DATABASE_URL"), changes...)
 	return startDB(t, d), r
-}
-
-var fullPools = make(chan struct{}, 2)
-
-// takeTurns waits until at most one other test opens as many connections as an instance may:
-// Neon's smallest compute accepts 97.
-func takeTurns(t *testing.T) {
-	fullPools <- struct{}{}
-	t.Cleanup(func() { <-fullPools })
 }
 
 // connect opens n connections, which become idle.
@@ -215,7 +212,7 @@ func occupy(t testing.TB, d *database, n int) (release func()) {
 }
 
 // A ledger is what clients know about their tasks while they create, complete, reopen and delete
-// them. check compares it with the database.
+// them.
 type ledger struct {
 	t       *testing.T
 	users   [8]*client
@@ -223,7 +220,7 @@ type ledger struct {
 	db      *database    // that contains the tasks
 	reads   bool         // lists must always succeed
 	made    atomic.Int64 // changes that were acknowledged
-	failed  atomic.Int64 // requests that got a 503
+	failed  atomic.Int64 // requests that got a 503 or no response
 	clients sync.WaitGroup
 	stop    atomic.Bool
 

@@ -29,14 +29,22 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// This file contains what a test needs and no test: the service, clients, databases. The tests run
-// through HTTP on a real database, which others may use at the same time: each test has separate
-// users, or a separate database, and removes what it created.
+// What the tests use, and no test:
+//
+//	service         the product in this process: startService, or startDetached without a database
+//	process         the product as a process: startProcess, or startProgram for any program
+//	client          sends requests as one user: newClient(t) is one of the service that tests share
+//	answer          a response whose body was read; client validates it against openapi.json
+//	openDB          a pool of connections to a database; startDB also applies the schema
+//	createDatabase  an empty database, for tests that would disturb others
+//
+// The tests run through HTTP on a real database, which others may use at the same time: each test
+// has separate users, or a separate database, and removes what it created.
 
 const testSecret = "a secret that only the tests use, 0123456789"
 
-// What most tests share: one service in this process on DATABASE_URL. Without DATABASE_URL, sharedDB
-// is nil, and testDB skips the tests that need it.
+// What most tests share: one service in this process on DATABASE_URL. Without DATABASE_URL,
+// sharedDB is nil, and testDB skips the tests that need it.
 var (
 	sharedDB   *database
 	sharedAuth *authenticator
@@ -388,6 +396,21 @@ func decodeStrictly(body string, v any) error {
 	return d.Decode(v)
 }
 
+// dialRaw sends text as it is on a new connection, which is closed when the test ends.
+func dialRaw(t testing.TB, service, text string) net.Conn {
+	t.Helper()
+	conn, err := net.Dial("tcp", strings.TrimPrefix(service, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	conn.SetDeadline(time.Now().Add(30 * time.Second))
+	if _, err := io.WriteString(conn, text); err != nil {
+		t.Fatal(err)
+	}
+	return conn
+}
+
 // A process is the service as a process.
 type process struct {
 	t      testing.TB
@@ -556,8 +579,8 @@ func eventually(t testing.TB, what string, condition func() bool) {
 	}
 }
 
-// openDB opens a database with a changed configuration until the test ends. Before it runs
-// statements, startDB must apply the schema.
+// openDB opens a database with a changed configuration until the test ends. Requests wait until
+// startDB has applied the schema.
 func openDB(t testing.TB, databaseURL string, changes ...func(*pgxpool.Config)) *database {
 	t.Helper()
 	config, err := poolConfig(databaseURL)

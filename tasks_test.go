@@ -298,7 +298,6 @@ func TestUserIDs(t *testing.T) {
 		{"%41", []string{"%25%34%31"}, []string{"%41", "A"}},
 		{"a?b#c;d&e", []string{"a%3fb%23c;d&e"}, []string{"a", "a%253Fb%2523c;d&e"}},
 		{"\u200b\u202e\ufeff", nil, []string{"%E2%80%8B", ""}},
-		{"{user_id}", nil, []string{"user_id", "%7Buser_id%7D%00"}},
 		{strings.Repeat("x", 512-len(suffix)), nil, []string{strings.Repeat("x", 511-len(suffix))}},
 	} {
 		c := newClientOf(t, sharedURL, row.user+suffix)
@@ -413,16 +412,6 @@ func TestConcurrentChanges(t *testing.T) {
 
 var nextLink = regexp.MustCompile(`^(<(/api/[!-;=?-~]*)>; rel="next")?$`) // ASCII without < and >
 
-// nextPage returns the URL of the next page, "" on the last one.
-func nextPage(t testing.TB, a answer) string {
-	t.Helper()
-	match := nextLink.FindStringSubmatch(a.header.Get("Link"))
-	if match == nil {
-		t.Fatalf("Link = %q, want one URL with rel=\"next\"", a.header.Get("Link"))
-	}
-	return match[2]
-}
-
 // The pages of a list contain each task once, in order. The link to the next page has before, no
 // offset, and every other parameter of the request.
 func TestPagesShowEachTaskOnce(t *testing.T) {
@@ -472,7 +461,11 @@ func TestPagesShowEachTaskOnce(t *testing.T) {
 			for _, task := range tasks {
 				got = append(got, task.ID)
 			}
-			pages, next = append(pages, len(tasks)), nextPage(t, a)
+			match := nextLink.FindStringSubmatch(a.header.Get("Link"))
+			if match == nil {
+				t.Fatalf("Link of %s = %q, want one URL with rel=\"next\"", sent, a.header.Get("Link"))
+			}
+			pages, next = append(pages, len(tasks)), match[2]
 			if next == "" {
 				break
 			}
