@@ -6,12 +6,10 @@ import (
 	"crypto/sha256"
 	"crypto/sha512"
 	"encoding/base64"
-	"encoding/json"
 	"fmt"
 	"hash"
 	"io"
 	"log/slog"
-	"net/http"
 	"net/http/httptest"
 	"regexp"
 	"slices"
@@ -25,7 +23,7 @@ const (
 	hs256             = `{"alg":"HS256"}`
 	aliceClaims       = `{"sub":"alice","exp":9000000000}` // until 2255
 	otherSecret       = "another secret of the tests, 9876543210 äöü"
-	badQuery          = "?limit=0"
+	badQuery          = "?limit=0"                     // of a list: a 422 once the token is verified
 	badTokenChallenge = `Bearer error="invalid_token"` // the WWW-Authenticate of an invalid token
 	base64urlDigits   = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 )
@@ -56,19 +54,10 @@ func newAuth(t testing.TB, entries ...string) *authenticator {
 	return a
 }
 
-// newClientWithoutDatabase returns a service whose database does not exist, and a client of it that
-// sends no token by itself. With badQuery, a list is a 422 if the user's token is valid: the query
-// is validated after the token, and before the database is used.
-func newClientWithoutDatabase(t *testing.T, user string) (*service, *client) {
-	t.Helper()
-	s := startService(t, openDB(t, noDatabase), settings{logLevel: slog.LevelDebug})
-	return s, &client{t: t, http: http.DefaultClient, service: s.url, user: user}
-}
-
 // Every token that section 5 of the contract accepts.
 func TestAcceptedTokens(t *testing.T) {
 	t.Parallel()
-	_, c := newClientWithoutDatabase(t, "alice")
+	_, c := startDetached(t, settings{})
 	token := makeToken(testSecret, hs256, aliceClaims)
 	of := func(claims string) string { return "Bearer " + makeToken(testSecret, hs256, claims) }
 	for _, row := range []struct{ name, authorization string }{
@@ -114,7 +103,7 @@ func (s *service) rejected(c *client, query, challenge string, headers ...string
 // text, and a hint if the cause is one of those that an integrator meets.
 func TestRejectedTokens(t *testing.T) {
 	t.Parallel()
-	s, c := newClientWithoutDatabase(t, "alice")
+	s, c := startDetached(t, settings{logLevel: slog.LevelDebug})
 	token := makeToken(testSecret, hs256, aliceClaims)
 	part := strings.Split(token, ".")
 	of := func(claims string) string { return makeToken(testSecret, hs256, claims) }
@@ -131,6 +120,8 @@ func TestRejectedTokens(t *testing.T) {
 		{"none, unsigned", base64url.EncodeToString([]byte(`{"alg":"none"}`)) + "." + part[1] + ".",
 			"token signature is invalid: signing method none is invalid" + plugin},
 		{"no alg", makeToken(testSecret, `{"ALG":"HS256"}`, aliceClaims), "(alg) is unspecified"},
+		{"header null", makeToken(testSecret, `null`, aliceClaims), ""},
+		{"claims null", of(`null`), ""},
 		{"crit", makeToken(testSecret, `{"alg":"HS256","crit":["exp"]}`, aliceClaims), "crit"},
 		{"another secret", makeToken(otherSecret, hs256, aliceClaims), signature},
 		{"other claims", part[0] + "." + base64url.EncodeToString([]byte(`{"sub":"bob","exp":9e9}`)) +
@@ -140,17 +131,14 @@ func TestRejectedTokens(t *testing.T) {
 		{"claims not JSON", of(aliceClaims + "}"), "token is malformed"},
 		{"no exp", of(`{"sub":"alice","iat":1700000000,"Exp":9e9}`), "exp claim is required"},
 		{"expired", of(`{"sub":"alice","exp":1700000000}`), "token has invalid claims: token is expired"},
-		{"exp in milliseconds", of(`{"sub":"alice","exp":1700000000000}`), years},
 		{"exp in 10000", of(`{"sub":"alice","exp":253402300800}`), years},
 		{"exp a string", of(`{"sub":"alice","exp":"9000000000"}`), "exp is invalid"},
 		{"not yet valid", of(`{"sub":"alice","exp":9e9,"nbf":8e9}`), "token is not valid yet"},
 		{"nbf beyond int64", of(`{"sub":"alice","exp":9e9,"nbf":1e300}`), ""},
 		{"nbf a string", of(`{"sub":"alice","exp":9e9,"nbf":"0"}`), "nbf is invalid"},
 		{"nbf null", of(`{"sub":"alice","exp":9e9,"nbf":null}`), "nbf is invalid"},
-		{"no sub", of(`{"Sub":"alice","id":"alice","user_id":"alice","exp":9e9}`), noSub},
-		{"e-mail link", of(`{"email":"alice","userId":"alice","exp":9e9}`), noSub},
-		{"session cookie cache", of(`{"session":{"userId":"alice","token":"x"},"version":"1",
-			"user":{"id":"alice","sub":"alice"},"exp":9e9}`), noSub},
+		{"no sub", of(`{"Sub":"alice","id":"alice","user_id":"alice","userId":"alice",
+			"email":"alice","user":{"id":"alice","sub":"alice"},"exp":9e9}`), noSub},
 		{"sub a number", of(`{"sub":1,"exp":9e9}`), "sub is not a string"},
 		{"sub empty", of(`{"sub":"","exp":9e9}`), badSub},
 		{"sub of 513 bytes", of(`{"sub":"` + strings.Repeat("ä", 256) + `x","exp":9e9}`), badSub},
@@ -198,7 +186,8 @@ func TestRejectedTokens(t *testing.T) {
 // A token is read from the one Authorization header alone.
 func TestWhereTheTokenIs(t *testing.T) {
 	t.Parallel()
-	s, c := newClientWithoutDatabase(t, "alice")
+	s, c := startDetached(t, settings{logLevel: slog.LevelDebug})
+	c.authorization = ""
 	token := makeToken(testSecret, hs256, aliceClaims)
 	const name = "Authorization"
 	for _, row := range []struct {
@@ -328,7 +317,6 @@ func TestSecretsAtStart(t *testing.T) {
 
 		{"", "", "BETTER_AUTH_SECRET is not set"},
 		{a[1:], "", "BETTER_AUTH_SECRET has fewer than 32 bytes"},
-		{"better-auth-secret-123456789", "", "BETTER_AUTH_SECRET has fewer"}, // the default up to 1.3
 		{"better-auth-secret-12345678901234567890\n", "", "BETTER_AUTH_SECRET" + public},
 		{a, "2:" + a + ",1:" + b[1:] + " ", "BETTER_AUTH_SECRETS entry 2 has fewer"}, // trimmed
 		{a, b, "BETTER_AUTH_SECRETS" + listForm},
@@ -380,12 +368,11 @@ func TestTokenCommand(t *testing.T) {
 			}
 		}
 	})
-	for _, args := range [][]string{{"token"}, {"token", "alice", "role=admin"}, {"token", ""},
-		{"token", "a\x00"}, {"token", "a\xff"}, {"token", strings.Repeat("ä", 256) + "x"}} {
+	for _, user := range []string{"", "a\x00", "a\xff", strings.Repeat("ä", 256) + "x"} {
 		var out bytes.Buffer
-		err := run(t.Context(), args, env("BETTER_AUTH_SECRET="+testSecret), &out)
+		err := run(t.Context(), []string{"token", user}, env("BETTER_AUTH_SECRET="+testSecret), &out)
 		if err == nil || out.Len() != 0 {
-			t.Errorf("run(%q) = %v, prints %q, want an error alone", args, err, out.String())
+			t.Errorf("token %q = %v, prints %q, want an error alone", user, err, out.String())
 		}
 	}
 }
@@ -429,70 +416,7 @@ func TestEveryRouteRequiresTheUsersToken(t *testing.T) {
 			}
 		}
 	}
-	if got := owner.list(""); !slices.EqualFunc(got, []wireTask{task}, equalTasks) {
+	if got := owner.list(""); fmt.Sprint(got) != fmt.Sprint([]wireTask{task}) {
 		t.Errorf("afterwards the list is %v, want %v", got, task)
 	}
-}
-
-// The user id of the path is compared with sub byte for byte, after the path was decoded.
-func TestUserIDsAreBytes(t *testing.T) {
-	t.Parallel()
-	_, c := newClientWithoutDatabase(t, "")
-	wide := strings.Repeat("ä", 256) // 512 bytes
-	for _, row := range []struct {
-		user, segment string // of the path
-		status        int
-	}{
-		{"A", "%41", 422}, {"A", "a", 403}, {"A", "%2541", 403}, {"%41", "%2541", 422},
-		{"a/b", "a%2Fb", 422}, {"a/b", "%61%2f%62", 422}, {"a/b", "a%252Fb", 403},
-		{"ä@x.example", "%c3%a4%40x.example", 422}, {"ä@x.example", "a%CC%88@x.example", 403},
-		{"a b", "a%20b", 422}, {"a b", "a+b", 403}, {"..", "%2E%2E", 422}, {"1", "01", 403},
-		{wide, wide, 422}, {wide, wide[2:], 403},
-	} {
-		claims, _ := json.Marshal(map[string]any{"sub": row.user, "exp": 9e9})
-		token := makeToken(testSecret, hs256, string(claims))
-		a := c.send("GET", "/api/"+row.segment+"/tasks"+badQuery, "", "Authorization", "Bearer "+token)
-		if a.status != row.status {
-			t.Errorf("%s by %q = %v, want %d", row.segment, row.user, a, row.status)
-		}
-	}
-}
-
-// FuzzVerify verifies any header and claims under a valid signature. verify never panics. It
-// accepts only what a second decoder reads in the same way, and no character of an accepted token
-// can be changed.
-func FuzzVerify(f *testing.F) {
-	for _, header := range []string{hs256, `{"alg":1}`, `null`, ``, `{"alg":"HS256","crit":[]}`} {
-		f.Add(header, aliceClaims)
-	}
-	for _, claims := range []string{`null`, ``, `{"sub":"ä/b","aud":["a"],"nbf":1.5,"exp":9e9}`,
-		`{"sub":"\ud800","exp":9e9}`, `{"sub":"\ud83d\ude00","exp":9e9}`, `{"sub":"a","exp":-9e99}`,
-		`{"sub":"a","sub":"b","exp":9e9}`, `{"sub":["a"],"exp":[9e9]}`} {
-		f.Add(hs256, claims)
-	}
-	auth := newAuth(f)
-	f.Fuzz(func(t *testing.T, header, claims string) {
-		token := makeToken(testSecret, header, claims)
-		user, err := auth.verify(token)
-		if err != nil {
-			return
-		}
-		var head, said map[string]any
-		json.Unmarshal([]byte(header), &head)
-		json.Unmarshal([]byte(claims), &said)
-		if _, critical := head["crit"]; critical || head["alg"] != "HS256" {
-			t.Errorf("verify(%q) = %q with the header %v", token, user, head)
-		}
-		if said["sub"] != user || user == "" {
-			t.Errorf("verify(%q) = %q with the claims %v", token, user, said)
-		}
-		for at := range len(token) {
-			for _, c := range base64urlDigits + "=. " {
-				changed := token[:at] + string(c) + token[at+1:]
-				if got, err := auth.verify(changed); err == nil && changed != token {
-					t.Fatalf("verify(%q) = %q, as %q with another character at %d", changed, got, token, at)
-				}
-			}
-		}
-	})
 }

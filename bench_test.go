@@ -113,7 +113,7 @@ func startQuiet(b *testing.B, program, runs, databaseURL string) *process {
 	b.Helper()
 	p := startProgram(b, "/bin/sh", []string{"-c", `exec "$0" >/dev/null`, program},
 		"TODO_APP_TEST_RUNS="+runs, "DATABASE_URL="+withParam(databaseURL, "pool_max_conns=15"))
-	p.waitLive()
+	p.waitHealth("live")
 	return p
 }
 
@@ -127,11 +127,8 @@ type caller struct {
 
 func newCaller(b *testing.B, service, user, method, suffix, body string) *caller {
 	b.Helper()
-	conn, err := net.Dial("tcp", strings.TrimPrefix(service, "http://"))
-	if err != nil {
-		b.Fatal(err)
-	}
-	b.Cleanup(func() { conn.Close() })
+	conn := dialRaw(b, service, "")
+	conn.SetDeadline(time.Time{})
 	c := newClientOf(b, service, user)
 	return &caller{conn, bufio.NewReaderSize(conn, 32<<10), fmt.Sprintf("%s %s HTTP/1.1\r\n"+
 		"Host: todo\r\nAuthorization: %s\r\nContent-Type: application/json\r\nContent-Length: %d"+

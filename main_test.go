@@ -2,13 +2,12 @@ package main
 
 import (
 	"bufio"
-	"bytes"
 	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/base64"
-	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -26,7 +25,6 @@ import (
 	"syscall"
 	"testing"
 	"time"
-	"unicode/utf8"
 
 	"github.com/jackc/pgx/v5/pgxpool"
 )
@@ -47,7 +45,6 @@ func TestPathsAndMethods(t *testing.T) {
 		header       string // Allow or Location
 	}{
 		{"GET", "/api/u/tasks/", 404, ""},
-		{"DELETE", "/api/u/tasks/1/", 404, ""},
 		{"PATCH", "/api/u/tasks/1/complete/", 404, ""},
 		{"BREW", "/coffee", 404, ""},
 		{"BREW", "/api/u/tasks", 405, "GET, HEAD, POST"},
@@ -185,6 +182,32 @@ func TestInternalErrorsShowNothing(t *testing.T) {
 	}
 }
 
+// rawCreate returns the text of a create by c, with more header lines.
+func (c *client) rawCreate(body string, headers ...string) string {
+	return fmt.Sprintf("POST %s HTTP/1.1\r\nHost: todo\r\nAuthorization: %s\r\n%s\r\n\r\n%s",
+		c.path(""), c.authorization, strings.Join(headers, "\r\n"), body)
+}
+
+// readAnswer reads the one response that is expected on a connection.
+func readAnswer(t testing.TB, conn net.Conn) answer {
+	t.Helper()
+	res, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		t.Fatalf("read a response: %v", err)
+	}
+	body, err := io.ReadAll(res.Body)
+	if err != nil {
+		t.Fatalf("read the body of a response: %v", err)
+	}
+	return answer{res.StatusCode, res.Header, string(body)}
+}
+
+// isClosed reports whether the service closes a connection without sending anything more.
+func isClosed(conn net.Conn) bool {
+	n, err := conn.Read(make([]byte, 1))
+	return n == 0 && err != nil && !errors.Is(err, os.ErrDeadlineExceeded)
+}
+
 // A body that is not read delays no response, also in this server without timeouts.
 func TestHeadersOfBodies(t *testing.T) {
 	t.Parallel()
@@ -204,7 +227,6 @@ func TestHeadersOfBodies(t *testing.T) {
 		{create, encoded + " Identity", object, 422},
 		{create, typed + "text/plain;charset=UTF-8", "", 415}, // what fetch sends with a string
 		{create, encoded + "gzip", "", 415},
-		{create, encoded + "identity, br", "", 415},
 		{create, chunked + "\r\nContent-Type: text/json", "", 415},
 		{create, "Content-Length: 65537\r\nContent-Type: text/json", "", 413},
 		{create, chunked, "40000000\r\n " + padded, 413}, // although the body does not end
@@ -257,8 +279,8 @@ func TestBodiesThatAreNotOneObject(t *testing.T) {
 // A connection is answered or closed within 20 s, whatever the client and the database do.
 func TestLargeHeadersAndSlowClients(t *testing.T) {
 	t.Parallel()
-	p := startDetachedProcess(t)
-	p.waitLive()
+	p := startProgram(t, os.Args[0], nil, "DATABASE_URL="+noDatabase)
+	p.waitHealth("live")
 	const head, end = "GET /health/live HTTP/1.1\r\nHost: todo\r\nX: ", "\r\n\r\n"
 	large, names := strings.Repeat("x", 16<<10-len(head)-len(end)), ""
 	for i := range 99 {
@@ -376,8 +398,8 @@ func TestSettings(t *testing.T) {
 			}
 		}
 	}
-	p := startDetachedProcess(t) // listens on all addresses
-	p.waitLive()
+	p := startProgram(t, os.Args[0], nil, "DATABASE_URL="+noDatabase) // listens on all addresses
+	p.waitHealth("live")
 	_, port, _ = net.SplitHostPort(strings.TrimPrefix(p.url, "http://"))
 	addresses, _ := net.InterfaceAddrs()
 	for _, address := range addresses {
@@ -385,7 +407,7 @@ func TestSettings(t *testing.T) {
 			dialRaw(t, net.JoinHostPort(ip.String(), port), "")
 		}
 	}
-	p = startDetachedProcess(t, "LOG_LEVEL=x")
+	p = startProgram(t, os.Args[0], nil, "DATABASE_URL="+noDatabase, "LOG_LEVEL=x")
 	if status := p.wait(20 * time.Second); status != 1 || len(p.output.lines(t)) != 1 ||
 		len(p.output.messages(t, "ERROR")) != 1 {
 		t.Errorf("exit status %d with %s, want 1 with one ERROR", status, p.output.String())
@@ -405,74 +427,6 @@ func TestSettings(t *testing.T) {
 	}
 }
 
-// FuzzHandler sends any request to the whole handler, with the token of a separate user.
-func FuzzHandler(f *testing.F) {
-	origins := []string{"https://app.example.com"}
-	s := newServer(settings{auth: sharedAuth, origins: origins}, testDB(f), newLogger(io.Discard, 0))
-	// With -fuzz, worker processes run this function too, and are killed. They must use the same
-	// users, whose tasks the first process removes.
-	const variable = "TODO_APP_FUZZ_RUN"
-	run, secret := cmp.Or(os.Getenv(variable), rand.Text()), "secret-"+rand.Text()
-	f.Setenv(variable, run)
-	other, c := newClientOf(f, sharedURL, "test-other-"+run), newClientOf(f, sharedURL, "test-"+run)
-	hidden, task := other.create(secret).path(), c.path(c.create("Milk").path())
-	for _, seed := range []struct{ method, target, headers, body string }{
-		{"GET", c.path("?limit=1&before=9&completed=true&total=true"), "", ""},
-		{"HEAD", task, "If-None-Match: W/\"1\", *\r\n", ""},
-		{"POST", c.path(""), "Idempotency-Key: 0123456789abcdef\r\n", `{"title": "\u0000\ud83d\ude00"}`},
-		{"PUT", task, "If-Match: \"2026-01-01T00:00:00.000000Z\"\r\n", `{"description": null}`},
-		{"PATCH", task + "/complete", "If-Match: *\r\nIf-Match: \"-1\"\r\n", `{"completed": true}{`},
-		{"DELETE", c.path(hidden), "", ""},
-		{"GET", other.path(hidden), "X-Request-Id: \xff\r\nTraceparent: 00-0-0\r\n", ""},
-		{"CONNECT", "//api/../%00/tasks/?%00", "Origin: " + origins[0] + "\r\n", ""},
-	} {
-		f.Add(seed.method, seed.target, seed.headers, []byte(seed.body))
-	}
-	f.Fuzz(func(t *testing.T, method, target, headers string, body []byte) {
-		text := fmt.Sprintf("%s %s HTTP/1.1\r\nHost: todo\r\n%sAuthorization: %s\r\n\r\n",
-			method, target, headers, c.authorization)
-		r, err := http.ReadRequest(bufio.NewReader(strings.NewReader(text)))
-		if err != nil || r.RequestURI == "*" {
-			return // net/http answers
-		}
-		r.Body, r.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
-		w := httptest.NewRecorder()
-		s.ServeHTTP(w, r)
-		a := answer{w.Code, w.Result().Header, w.Body.String()}
-		err = a.check(r.Method, r.URL.EscapedPath())
-		if a.status < 200 || a.status >= 500 || err != nil ||
-			strings.Contains(fmt.Sprint(a.header, a.body), secret) {
-			t.Errorf("%q = %v %v (%v), want no 500 and no other user's task", text, a, a.header, err)
-		}
-	})
-}
-
-// FuzzParseObject compares parseObject with encoding/json, which replaces half of a surrogate pair
-// with U+FFFD. A body that contains U+FFFD itself is skipped.
-func FuzzParseObject(f *testing.F) {
-	for _, seed := range []string{
-		``, `null`, `[]`, ` {"a": 1e999} `, `{}{}`, "{\"\xff\": 1}", `{"\ud800": "\u0041"}`,
-		`{"a": ["\\ud800", "\\\ud800"]}`, `{"a": 1, "a": {"b": "\n\ud800\ud800\udc00"}}`,
-	} {
-		f.Add([]byte(seed))
-	}
-	f.Fuzz(func(t *testing.T, body []byte) {
-		if regexp.MustCompile(`(?i)\\ufffd|\x{fffd}`).Match(body) && utf8.Valid(body) {
-			return
-		}
-		want := json.Valid(body) && utf8.Valid(body) && bytes.TrimLeft(body, " \t\r\n")[0] == '{'
-		d := json.NewDecoder(bytes.NewReader(body))
-		d.UseNumber() // 1e999 is JSON and no float64
-		for token, err := d.Token(); want && err == nil; token, err = d.Token() {
-			text, _ := token.(string)
-			want = !strings.Contains(text, "\ufffd")
-		}
-		if _, err := parseObject(body); (err == nil) != want {
-			t.Errorf("parseObject(%q) = %v, want it accepted: %t", body, err, want)
-		}
-	})
-}
-
 // Each request has one line in the log, with its fields. No line is long or contains a secret, no
 // matter what a client sends.
 func TestLog(t *testing.T) {
@@ -489,7 +443,6 @@ func TestLog(t *testing.T) {
 		{"GET " + list + "/hunter2", `X-Request-Id: hunter2"`, "", "GET /tasks/{id} 404"},
 		{"POST " + list, "", `{"title": "hunter2`, "POST /tasks 400"},
 		{"POST " + list, "", `{"title": "hunter2\u0000"}`, "POST /tasks 422"},
-		{"GET " + list, "Authorization: Bearer h.hunter2.h", "", "GET /tasks 401"},
 		{"GET " + list, "Authorization: " + c.authorization + "hunter2", "", "GET /tasks 401"},
 		{"GET /api/hunter2/tasks", "", "", "GET /tasks 403"},
 		{"GET /?access_token=hunter2", "Traceparent: " + long("ab"), "", "GET / 404"},
@@ -550,7 +503,7 @@ func TestStatementLog(t *testing.T) {
 		t.Run(level, func(t *testing.T) {
 			t.Parallel()
 			p := startProcess(t, "DATABASE_URL="+d.pool.Config().ConnString(), "LOG_LEVEL="+level)
-			p.waitLive()
+			p.waitHealth("live")
 			c := newClientOf(t, p.url, "argument-"+rand.Text())
 			c.do("GET", "", "", "X-Request-Id", "list")
 			c.do("POST", "", `{"title": "argument", "completed": true}`, "X-Request-Id", "slow")
@@ -638,31 +591,6 @@ func TestMetrics(t *testing.T) {
 	}
 }
 
-// The health routes never use the database. /health/ready waits for the start only.
-func TestHealth(t *testing.T) {
-	t.Parallel()
-	testDB(t)
-	d, r := openOverRelay(t, os.Getenv("DATABASE_URL"))
-	c := startService(t, d, settings{}).newClient()
-	check := func(when string, ready int) {
-		t.Helper()
-		dials, trips := r.dials.Load(), r.trips.Load()
-		live, a := c.send("GET", "/health/live", ""), c.send("GET", "/health/ready", "")
-		if live.status != 200 || a.status != ready {
-			t.Errorf("%s: live %v, ready %v, want 200 and %d", when, live, a, ready)
-		}
-		if r.dials.Load() != dials || r.trips.Load() != trips {
-			t.Errorf("%s: the health routes use the database", when)
-		}
-	}
-	check("before the start", 503)
-	startDB(t, d)
-	check("after the start", 200)
-	r.down.Store(true)
-	r.cut()
-	check("in an outage", 200)
-}
-
 // A hundred costly requests of one user occupy a third of the pool. Those of others are served.
 func TestFairness(t *testing.T) {
 	t.Parallel()
@@ -672,16 +600,14 @@ func TestFairness(t *testing.T) {
 	greedy.http = keepingConnections(t)
 	ids := greedy.fill(100)
 	tx := lockTasks(t, greedy.user)
-	var next, rejected atomic.Int64
-	done := inParallel(100, func() {
-		start, path := time.Now(), greedy.path(fmt.Sprint("/", ids[next.Add(1)-1]))
-		a, err := greedy.try("PATCH", path, `{"title": "changed"}`)
-		late := time.Since(start) >= 5*time.Second
-		if late && a.status == 429 && a.header.Get("Retry-After") != "" {
+	var rejected atomic.Int64
+	done := inParallel(100, func(i int) {
+		start := time.Now()
+		a, err := greedy.try("PATCH", greedy.path(fmt.Sprint("/", ids[i])), `{"title": "changed"}`)
+		switch late := time.Since(start) >= 5*time.Second; {
+		case late && a.status == 429:
 			rejected.Add(1)
-			a, err = greedy.try("GET", greedy.path(""), "") // gets a slot once one is released
-		}
-		if a.status != 200 {
+		case a.status != 200:
 			t.Errorf("request of the greedy user = %v %v, want 200, or 429 after 5 s", a, err)
 		}
 	})
@@ -692,6 +618,7 @@ func TestFairness(t *testing.T) {
 	eventually(t, "95 rejected requests", func() bool { return rejected.Load() == 95 })
 	tx.Rollback(t.Context())
 	<-done
+	greedy.list("") // a slot is free
 }
 
 // A request that has sent no statement ends when its client disconnects: it is logged and counted
@@ -726,7 +653,7 @@ func TestDisconnectedBeforeTheStatement(t *testing.T) {
 		t.Errorf("the metrics are %s, want three POST with 499", page.Body)
 	}
 	statuses := make(chan int, 3) // two get the slots
-	inParallel(3, func() {
+	inParallel(3, func(int) {
 		a, _ := c.try("GET", c.path(""), "")
 		statuses <- a.status
 	})
@@ -783,7 +710,6 @@ func TestHostileClients(t *testing.T) {
 		status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
 		_, value, _ := strings.Cut(string(status), figure+":")
 		fmt.Sscan(value, &kib)
-		t.Logf("%s %d KiB", figure, kib)
 		return kib
 	}
 	if rss := memory("VmRSS"); rss >= 15<<10 {
@@ -798,7 +724,7 @@ func TestHostileClients(t *testing.T) {
 		dialRaw(t, p.url, head+"X-Slow: ")
 		dialRaw(t, p.url, c.rawCreate(`{"title":`, "Content-Length: 65536"))
 	}
-	done := inParallel(380, func() {
+	done := inParallel(380, func(int) {
 		for range 4 {
 			conn := dialRaw(t, p.url, head+"Content-Length: 1000000\r\n"+names+"\r\n")
 			io.Copy(io.Discard, conn)
@@ -820,18 +746,18 @@ const exitLimit = 9 * time.Second // of a shutdown; Cloud Run kills the process 
 func TestSignals(t *testing.T) {
 	t.Parallel()
 	p, impatient := startProcess(t), startProcess(t)
-	p.waitReady()
-	impatient.waitReady()
-	p.signal(syscall.SIGINT)
+	p.waitHealth("ready")
+	impatient.waitHealth("ready")
+	p.cmd.Process.Signal(syscall.SIGINT)
 	if status := p.wait(2 * time.Second); status != 0 {
 		t.Errorf("exit status %d, want 0: %s", status, p.output.String())
 	}
-	impatient.signal(syscall.SIGTERM)
+	impatient.cmd.Process.Signal(syscall.SIGTERM)
 	eventually(t, "response with Connection: close", func() bool {
 		res, err := http.Get(impatient.url + "/health/live")
 		return err == nil && res.Body.Close() == nil && res.Close
 	})
-	impatient.signal(syscall.SIGTERM)
+	impatient.cmd.Process.Signal(syscall.SIGTERM)
 	if status := impatient.wait(exitLimit); status != -1 {
 		t.Errorf("exit status %d after a second signal, want -1: that of the signal", status)
 	}
@@ -846,13 +772,13 @@ func TestShutdownCancelsStatements(t *testing.T) {
 	tx := lockTasks(t, c.user)
 	var a answer
 	var took time.Duration
-	answered := inParallel(1, func() {
+	answered := inParallel(1, func(int) {
 		start := time.Now()
 		a, _ = c.try("PATCH", path, `{"title": "changed"}`)
 		took = time.Since(start)
 	})
 	waitBlocked(t, tx, 1)
-	p.signal(syscall.SIGTERM)
+	p.cmd.Process.Signal(syscall.SIGTERM)
 	if status := p.wait(exitLimit); status != 0 {
 		t.Errorf("exit status %d, want 0: %s", status, p.output.String())
 	}
@@ -871,7 +797,7 @@ func TestShutdownLosesNoRequest(t *testing.T) {
 	c.http = keepingConnections(t)
 	var created atomic.Int64
 	var end atomic.Pointer[time.Time]
-	router := inParallel(8, func() {
+	router := inParallel(8, func(int) {
 		for e := end.Load(); e == nil || time.Now().Before(*e); e = end.Load() {
 			a, err := c.try("POST", c.path(""), `{"title": "x"}`)
 			if err != nil || a.status != 201 {
@@ -881,14 +807,14 @@ func TestShutdownLosesNoRequest(t *testing.T) {
 			created.Add(1)
 		}
 	})
-	rest := inParallel(1, func() {
+	rest := inParallel(1, func(int) {
 		for err := error(nil); err == nil; {
 			_, err = endless.try("GET", "/health/live", "")
 		}
 	})
 	eventually(t, "load", func() bool { return created.Load() > 100 })
 	end.Store(new(time.Now().Add(5 * time.Second)))
-	p.signal(syscall.SIGTERM)
+	p.cmd.Process.Signal(syscall.SIGTERM)
 	if status := p.wait(exitLimit); status != 0 {
 		t.Errorf("exit status %d, want 0: %s", status, p.output.String())
 	}

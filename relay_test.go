@@ -5,7 +5,6 @@ import (
 	"context"
 	"fmt"
 	"net"
-	"net/http"
 	"os"
 	"slices"
 	"strings"
@@ -19,8 +18,15 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// This file contains the faults that tests inject between a service and its database, the load
-// under which they do it, and no test.
+// The faults that tests inject between a service and its database, and the load under which they do
+// it:
+//
+//	relay            carries the packets between them and injects the faults: openOverRelay, or
+//	                 startOverRelay for the tests' database with the schema
+//	link             one connection through a relay
+//	connect, occupy  open connections of the pool; occupy keeps them in use
+//	ledger           runs clients and records what they know about their tasks; check compares that
+//	                 with the database
 
 // A relay carries the packets between a service and its database, below TLS. It has the faults of
 // networks, poolers and servers.
@@ -34,7 +40,6 @@ type relay struct {
 	dropRequests  atomic.Int64 // this many requests never reach the server; their connections close
 	dropResponses atomic.Int64 // responses that never reach the service; the server did the work
 	forward       func() (net.Conn, error)
-	listener      net.Listener
 	mu            sync.Mutex
 	links         map[*link]bool
 }
@@ -51,9 +56,9 @@ func (l *link) close() {
 	l.server.Close()
 }
 
-func (r *relay) serve() {
+func (r *relay) serve(listener net.Listener) {
 	for {
-		client, err := r.listener.Accept()
+		client, err := listener.Accept()
 		if err != nil {
 			return
 		}
@@ -149,8 +154,12 @@ func openOverRelay(
 	t testing.TB, databaseURL string, changes ...func(*pgxpool.Config),
 ) (*database, *relay) {
 	t.Helper()
-	listener := listenLocally(t)
-	r := &relay{name: newUser(), listener: listener, links: map[*link]bool{}}
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { listener.Close() })
+	r := &relay{name: newUser(), links: map[*link]bool{}}
 	d := openDB(t, databaseURL, append(changes, func(config *pgxpool.Config) {
 		conn := config.ConnConfig
 		network, address := pgconn.NetworkAddress(conn.Host, conn.Port)
@@ -162,7 +171,7 @@ func openOverRelay(
 		conn.RuntimeParams["application_name"] = r.name
 	})...)
 	t.Cleanup(r.heal) // before the pool is closed, which waits for its connections
-	go r.serve()
+	go r.serve(listener)
 	return d, r
 }
 
@@ -172,15 +181,6 @@ func startOverRelay(t testing.TB, changes ...func(*pgxpool.Config)) (*database, 
 	testDB(t)
 	d, r := openOverRelay(t, os.Getenv("DATABASE_URL"), changes...)
 	return startDB(t, d), r
-}
-
-var fullPools = make(chan struct{}, 2)
-
-// takeTurns waits until at most one other test opens as many connections as an instance may:
-// Neon's smallest compute accepts 97.
-func takeTurns(t *testing.T) {
-	fullPools <- struct{}{}
-	t.Cleanup(func() { <-fullPools })
 }
 
 // connect opens n connections, which become idle.
@@ -212,7 +212,7 @@ func occupy(t testing.TB, d *database, n int) (release func()) {
 }
 
 // A ledger is what clients know about their tasks while they create, complete, reopen and delete
-// them. check compares it with the database.
+// them.
 type ledger struct {
 	t       *testing.T
 	users   [8]*client
@@ -220,6 +220,7 @@ type ledger struct {
 	db      *database    // that contains the tasks
 	reads   bool         // lists must always succeed
 	made    atomic.Int64 // changes that were acknowledged
+	failed  atomic.Int64 // requests that got a 503 or no response
 	clients sync.WaitGroup
 	stop    atomic.Bool
 
@@ -285,6 +286,7 @@ func (l *ledger) changeTask(c *client, title string, n int) {
 	}
 	a, err := c.try("GET", c.path("?limit=5"), "")
 	if err != nil || a.status != 200 {
+		l.failed.Add(1)
 		if l.reads || err == nil && a.status != 503 {
 			l.t.Errorf("list = %v %v, want 200", a, err)
 		}
@@ -314,6 +316,9 @@ func (l *ledger) change(
 		case err == nil && a.status != 503:
 			l.t.Errorf("%s %s = %v", method, path, a)
 			return a, 0
+		}
+		l.failed.Add(1)
+		switch {
 		case header == nil || l.stop.Load():
 			return a, 0
 		case err != nil:
@@ -329,8 +334,8 @@ func (l *ledger) set(title string, states ...string) {
 }
 
 // check compares the ledger with the database, once the statements of requests without a response
-// have ended. It returns how many changes were made but not acknowledged.
-func (l *ledger) check() (unacknowledged int) {
+// have ended.
+func (l *ledger) check() {
 	l.t.Helper()
 	now := sqlValue[time.Time](l.t, l.db.pool, `SELECT clock_timestamp()`)
 	eventually(l.t, "end of the running changes", func() bool {
@@ -362,39 +367,10 @@ func (l *ledger) check() (unacknowledged int) {
 		}
 		states[r.Title] = r.State
 	}
-	doubtful := 0
 	for title, allowed := range l.states {
 		state := cmp.Or(states[title], "absent")
 		if !slices.Contains(allowed, state) {
 			l.t.Errorf("%q is %s, want %v", title, state, allowed)
 		}
-		if len(allowed) > 1 {
-			doubtful++
-			if state == allowed[1] {
-				unacknowledged++
-			}
-		}
 	}
-	l.t.Logf("%d changes acknowledged, %d not, of which %d were made", l.made.Load(), doubtful,
-		unacknowledged)
-	return unacknowledged
-}
-
-// A tracker is a transport that remembers the longest request and counts the 503 responses.
-type tracker struct {
-	http.RoundTripper
-	longest, unavailable atomic.Int64
-}
-
-func (m *tracker) RoundTrip(r *http.Request) (*http.Response, error) {
-	start := time.Now()
-	res, err := m.RoundTripper.RoundTrip(r)
-	took := int64(time.Since(start))
-	for old := m.longest.Load(); took > old && !m.longest.CompareAndSwap(old, took); {
-		old = m.longest.Load()
-	}
-	if err == nil && res.StatusCode == http.StatusServiceUnavailable {
-		m.unavailable.Add(1)
-	}
-	return res, err
 }

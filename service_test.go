@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"crypto/rand"
@@ -18,8 +17,6 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
-	"regexp"
-	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
@@ -32,14 +29,22 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// This file contains what a test needs and no test: the service, clients, databases. The tests run
-// through HTTP on a real database, which others may use at the same time: each test has separate
-// users, or a separate database, and removes what it created.
+// What the tests use, and no test:
+//
+//	service         the product in this process: startService, or startDetached without a database
+//	process         the product as a process: startProcess, or startProgram for any program
+//	client          sends requests as one user: newClient(t) is one of the service that tests share
+//	answer          a response whose body was read; client validates it against openapi.json
+//	openDB          a pool of connections to a database; startDB also applies the schema
+//	createDatabase  an empty database, for tests that would disturb others
+//
+// The tests run through HTTP on a real database, which others may use at the same time: each test
+// has separate users, or a separate database, and removes what it created.
 
 const testSecret = "a secret that only the tests use, 0123456789"
 
-// What most tests share: one service in this process on DATABASE_URL. Without DATABASE_URL, sharedDB
-// is nil, and testDB skips the tests that need it.
+// What most tests share: one service in this process on DATABASE_URL. Without DATABASE_URL,
+// sharedDB is nil, and testDB skips the tests that need it.
 var (
 	sharedDB   *database
 	sharedAuth *authenticator
@@ -142,7 +147,7 @@ const noDatabase = "postgres://u:p@localhost:1/d?pool_max_conns=3"
 func startDetached(t testing.TB, set settings) (*service, *client) {
 	t.Helper()
 	s := startService(t, openDB(t, noDatabase), set)
-	return s, newClientOf(t, s.url, "anyone")
+	return s, newClientOf(t, s.url, "alice")
 }
 
 // newClient returns a client of the service with a new user.
@@ -259,20 +264,16 @@ func (c *client) try(method, path, body string, headers ...string) (answer, erro
 
 // check validates what the contract promises of every response, and what openapi.json declares.
 func (a answer) check(method, path string) error {
-	for _, h := range []struct {
-		name, want string
-		applies    bool
-	}{
-		{"X-Content-Type-Options", "nosniff", true},
-		{"Cache-Control", "no-store", strings.HasPrefix(path, "/api/")},
-		{"Content-Type", "application/json", a.status >= 400},
-	} {
-		if h.applies && a.header.Get(h.name) != h.want {
-			return fmt.Errorf("%s is %q, want %q", h.name, a.header.Get(h.name), h.want)
-		}
-	}
-	if id := a.header.Get("X-Request-Id"); id == "" || len(id) > 128 {
-		return fmt.Errorf("X-Request-Id is %q", id)
+	id := a.header.Get("X-Request-Id")
+	switch {
+	case id == "" || len(id) > 128:
+		return errors.New("X-Request-Id is not of sane form")
+	case a.header.Get("X-Content-Type-Options") != "nosniff":
+		return errors.New("X-Content-Type-Options is not nosniff")
+	case strings.HasPrefix(path, "/api/") && a.header.Get("Cache-Control") != "no-store":
+		return errors.New("Cache-Control is not no-store")
+	case a.status >= 400 && a.header.Get("Content-Type") != "application/json":
+		return errors.New("Content-Type is not JSON")
 	}
 	if a.status >= 400 && method != http.MethodHead {
 		var e struct{ Detail string }
@@ -295,22 +296,18 @@ func (a answer) detail() string {
 func atOnce(t testing.TB, n int, request func(i int) (answer, error)) []answer {
 	t.Helper()
 	answers, errs := make([]answer, n), make([]error, n)
-	var all sync.WaitGroup
-	for i := range n {
-		all.Go(func() { answers[i], errs[i] = request(i) })
-	}
-	all.Wait()
+	<-inParallel(n, func(i int) { answers[i], errs[i] = request(i) })
 	if err := errors.Join(errs...); err != nil {
 		t.Fatal(err)
 	}
 	return answers
 }
 
-// inParallel runs n copies of f. The channel is closed when all have returned.
-func inParallel(n int, f func()) <-chan struct{} {
+// inParallel runs f(0) to f(n-1). The channel is closed when all have returned.
+func inParallel(n int, f func(i int)) <-chan struct{} {
 	var all sync.WaitGroup
-	for range n {
-		all.Go(f)
+	for i := range n {
+		all.Go(func() { f(i) })
 	}
 	done := make(chan struct{})
 	go func() {
@@ -339,9 +336,6 @@ func (w wireTask) String() string {
 
 // path returns the task's path under the user's tasks.
 func (w wireTask) path() string { return fmt.Sprintf("/%d", w.ID) }
-
-// equalTasks compares values, also those behind pointers.
-func equalTasks(a, b wireTask) bool { return a.String() == b.String() }
 
 // create creates a task with a title.
 func (c *client) create(title string) wireTask {
@@ -417,32 +411,6 @@ func dialRaw(t testing.TB, service, text string) net.Conn {
 	return conn
 }
 
-// rawCreate returns the text of a create by c, with more header lines.
-func (c *client) rawCreate(body string, headers ...string) string {
-	return fmt.Sprintf("POST %s HTTP/1.1\r\nHost: todo\r\nAuthorization: %s\r\n%s\r\n\r\n%s",
-		c.path(""), c.authorization, strings.Join(headers, "\r\n"), body)
-}
-
-// readAnswer reads the one response that is expected on a connection.
-func readAnswer(t testing.TB, conn net.Conn) answer {
-	t.Helper()
-	res, err := http.ReadResponse(bufio.NewReader(conn), nil)
-	if err != nil {
-		t.Fatalf("read a response: %v", err)
-	}
-	body, err := io.ReadAll(res.Body)
-	if err != nil {
-		t.Fatalf("read the body of a response: %v", err)
-	}
-	return answer{res.StatusCode, res.Header, string(body)}
-}
-
-// isClosed reports whether the service closes a connection without sending anything more.
-func isClosed(conn net.Conn) bool {
-	n, err := conn.Read(make([]byte, 1))
-	return n == 0 && err != nil && !errors.Is(err, os.ErrDeadlineExceeded)
-}
-
 // A process is the service as a process.
 type process struct {
 	t      testing.TB
@@ -458,12 +426,6 @@ func startProcess(t testing.TB, settings ...string) *process {
 	t.Helper()
 	testDB(t)
 	return startProgram(t, os.Args[0], nil, settings...)
-}
-
-// startDetachedProcess is startDetached for a process, which exits after 30 s.
-func startDetachedProcess(t testing.TB, settings ...string) *process {
-	t.Helper()
-	return startProgram(t, os.Args[0], nil, append(settings, "DATABASE_URL="+noDatabase)...)
 }
 
 // startProgram is startProcess for any program. The process is killed when the test ends.
@@ -510,21 +472,10 @@ func freePort(t testing.TB) string {
 	return ""
 }
 
-// listenLocally listens on a free port of this machine until the test ends.
-func listenLocally(t testing.TB) net.Listener {
-	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { listener.Close() })
-	return listener
-}
-
 // newClient returns a client of the process with a new user, once the process is live.
 func (p *process) newClient() *client {
 	p.t.Helper()
-	p.waitLive()
+	p.waitHealth("live")
 	return newClientOf(p.t, p.url, newUser())
 }
 
@@ -536,16 +487,6 @@ func (p *process) health(route string) int {
 	}
 	res.Body.Close()
 	return res.StatusCode
-}
-
-func (p *process) waitLive() {
-	p.t.Helper()
-	p.waitHealth("live")
-}
-
-func (p *process) waitReady() {
-	p.t.Helper()
-	p.waitHealth("ready")
 }
 
 func (p *process) waitHealth(route string) {
@@ -560,13 +501,6 @@ func (p *process) waitHealth(route string) {
 	})
 }
 
-func (p *process) signal(s os.Signal) {
-	p.t.Helper()
-	if err := p.cmd.Process.Signal(s); err != nil {
-		p.t.Fatal(err)
-	}
-}
-
 // wait returns the exit status, -1 if a signal ended the process.
 func (p *process) wait(limit time.Duration) int {
 	p.t.Helper()
@@ -576,25 +510,6 @@ func (p *process) wait(limit time.Duration) int {
 		p.t.Fatalf("the service has not exited after %v: %s", limit, p.output.String())
 	}
 	return p.cmd.ProcessState.ExitCode()
-}
-
-// underRace reports whether the race detector runs, which distorts times and memory figures.
-func underRace() bool {
-	build, _ := debug.ReadBuildInfo()
-	return slices.Contains(build.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
-}
-
-// laterStep returns "step N" for the nth step after those of this release.
-func laterStep(n int) string {
-	return fmt.Sprint("step ", len(schemaSteps(schema))+n)
-}
-
-// runMigrate runs `todo-app migrate` with no setting but DATABASE_URL.
-func runMigrate(t testing.TB, databaseURL string) (status int, p *process) {
-	t.Helper()
-	p = startProgram(t, os.Args[0], []string{"migrate"}, "DATABASE_URL="+databaseURL,
-		"BETTER_AUTH_SECRET=", "PORT=")
-	return p.wait(20 * time.Second), p
 }
 
 // A lockedBuffer collects a log.
@@ -664,8 +579,8 @@ func eventually(t testing.TB, what string, condition func() bool) {
 	}
 }
 
-// openDB opens a database with a changed configuration until the test ends. Before it runs
-// statements, startDB must apply the schema.
+// openDB opens a database with a changed configuration until the test ends. Requests wait until
+// startDB has applied the schema.
 func openDB(t testing.TB, databaseURL string, changes ...func(*pgxpool.Config)) *database {
 	t.Helper()
 	config, err := poolConfig(databaseURL)
@@ -692,12 +607,12 @@ func startDB(t testing.TB, d *database) *database {
 	return d
 }
 
-// createDatabase creates an empty database, with options of CREATE DATABASE, and returns its
-// connection string. The database is dropped when the test ends.
-func createDatabase(t testing.TB, options ...string) string {
+// createDatabase creates an empty database and returns its connection string. The database is
+// dropped when the test ends.
+func createDatabase(t testing.TB) string {
 	t.Helper()
 	name := "test_" + strings.ToLower(rand.Text())
-	sqlExec(t, testDB(t).pool, `CREATE DATABASE `+name+` `+strings.Join(options, ` `))
+	sqlExec(t, testDB(t).pool, `CREATE DATABASE `+name)
 	t.Cleanup(func() {
 		eventually(t, "removal of the test's database", func() bool { // autovacuum may be in it
 			_, err := sharedDB.pool.Exec(context.Background(), `DROP DATABASE `+name+` WITH (FORCE)`)
@@ -726,13 +641,11 @@ func withParam(databaseURL, param string) string {
 	return databaseURL + "?" + param
 }
 
-var testDatabase = regexp.MustCompile(`^/test_[a-z0-9]+$`)
-
 // databaseName returns the name of a database of createDatabase.
 func databaseName(t testing.TB, databaseURL string) string {
 	t.Helper()
 	u, err := url.Parse(databaseURL)
-	if err != nil || !testDatabase.MatchString(u.Path) {
+	if err != nil || !strings.HasPrefix(u.Path, "/test_") {
 		t.Fatalf("%s is not a database of createDatabase: %v", databaseURL, err)
 	}
 	return u.Path[1:]
@@ -742,13 +655,6 @@ func databaseName(t testing.TB, databaseURL string) string {
 func alterDatabase(t testing.TB, databaseURL, sql string) {
 	t.Helper()
 	sqlExec(t, sharedDB.pool, `ALTER DATABASE `+databaseName(t, databaseURL)+` `+sql)
-}
-
-// endSessions makes the server end every session of a database.
-func endSessions(t testing.TB, databaseURL string) {
-	t.Helper()
-	sqlExec(t, sharedDB.pool, `SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
-		WHERE datname = $1`, databaseName(t, databaseURL))
 }
 
 // A runner is a pool or a transaction.

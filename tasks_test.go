@@ -5,7 +5,6 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
-	"encoding/json"
 	"fmt"
 	"maps"
 	"net/url"
@@ -17,7 +16,6 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
-	"unicode/utf16"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -42,7 +40,7 @@ func TestStory(t *testing.T) {
 	milk := decode[wireTask](t, a.body)
 	want := wireTask{ID: milk.ID, UserID: c.user, Title: " Grüße <&> 🌍 ",
 		Description: new("two\nlines"), CreatedAt: milk.CreatedAt, UpdatedAt: milk.CreatedAt}
-	if !equalTasks(milk, want) || milk.ID <= 0 {
+	if milk.String() != want.String() || milk.ID <= 0 {
 		t.Errorf("created %v, want %v", milk, want)
 	}
 	if got, want := a.header.Get("Location"), c.path(milk.path()); got != want {
@@ -78,7 +76,7 @@ func TestStory(t *testing.T) {
 		got, want := decode[wireTask](t, a.body), last
 		step.change(&want)
 		want.UpdatedAt = got.UpdatedAt
-		if !equalTasks(got, want) || a.header.Get("ETag") == etag {
+		if got.String() != want.String() || a.header.Get("ETag") == etag {
 			t.Errorf("%s %s %s = %v, ETag %s, want %v and a new ETag",
 				step.method, step.path, step.body, got, a.header.Get("ETag"), want)
 		}
@@ -89,7 +87,7 @@ func TestStory(t *testing.T) {
 	}
 
 	eggs := c.create("Eggs")
-	if got := c.list(""); !slices.EqualFunc(got, []wireTask{eggs, last}, equalTasks) {
+	if got := c.list(""); fmt.Sprint(got) != fmt.Sprint([]wireTask{eggs, last}) {
 		t.Errorf("list = %v, want the newest first: %v, %v", got, eggs, last)
 	}
 	if a := c.do("DELETE", eggs.path(), ""); a.status != 204 || a.body != "" {
@@ -113,8 +111,8 @@ var settableFields = []struct {
 }{
 	{
 		name: "title",
-		accepted: []string{`"x"`, `"\u200b"`, `"\ufeff"`, `"\u00a0x\u3000"`,
-			`"` + strings.Repeat("🌍", 200) + `"`},
+		accepted: append(texts, `"\u200b"`, `"\ufeff"`, `"\u00a0x\u3000"`,
+			`"`+strings.Repeat("🌍", 200)+`"`),
 		absent: `"t"`,
 		rejected: []string{`""`, `" "`, blank, `"a\u0000b"`, `"` + strings.Repeat("x", 201) + `"`,
 			`"` + strings.Repeat("🌍", 201) + `"`, `1`, `true`, `null`, `[]`, `{}`, `["x"]`},
@@ -122,7 +120,7 @@ var settableFields = []struct {
 	},
 	{
 		name:     "description",
-		accepted: []string{`"x"`, `""`, `null`, `"` + strings.Repeat("🌍", 1000) + `"`},
+		accepted: append(texts, `""`, `null`, `"`+strings.Repeat("🌍", 1000)+`"`),
 		absent:   `null`,
 		rejected: []string{`"\u0000"`, `"` + strings.Repeat("🌍", 1001) + `"`, `1`, `true`, `[]`, `{}`,
 			`["x"]`},
@@ -137,12 +135,19 @@ var settableFields = []struct {
 	},
 }
 
+// texts are stored exactly as sent.
+var texts = []string{`"x"`, `"  around \t\r\n"`, `"👩‍👩‍👧 \ud83c\udff3\ufe0f\u200d\ud83c\udf08"`,
+	`"e\u0301 \u00e9 \u212b ﬁ ＡＢ İıſ"`, `"שלום \u202eabc\u202c \u0627"`, `"a\u2028b\u2029 \ufffd"`,
+	`"\"quoted\" 'and' \\back\\ \/slash/ \\u0041 \\ud800"`, `"<script>alert(1)</script> &amp;"`,
+	`"\u0001\u001f\u007f\u0080\u009f \ufffe\uffff \udbff\udfff"`,
+	`"'; DROP TABLE tasks; -- @user $1 %s {} NULL null %00 +"`}
+
 // blank is a title of all white space characters of Unicode.
 const blank = `"\t\n\u000b\f\r \u0085\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007` +
 	`\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"`
 
-// A create, a PUT and a PATCH store each field, and keep it if it is absent. An invalid value is a
-// 422 that names the field and its rule, and changes nothing.
+// A create, a PUT and a PATCH store each field as sent, and keep it if it is absent. An invalid
+// value is a 422 that names the field and its rule, and changes nothing.
 func TestFields(t *testing.T) {
 	t.Parallel()
 	for _, f := range settableFields {
@@ -201,41 +206,6 @@ func TestFields(t *testing.T) {
 	a := newClient(t).do("POST", "", `{"description": "x", "Title": "x"}`)
 	if a.status != 422 || a.detail() != "title is required" {
 		t.Errorf("create without a title = %v, want 422", a)
-	}
-}
-
-// Text is stored exactly as sent, whether its characters are escaped or not.
-func TestTextComesBackAsSent(t *testing.T) {
-	t.Parallel()
-	c := newClient(t)
-	texts := []string{"  around \t\r\n", "👩‍👩‍👧‍👦 🏳️‍🌈 🇺🇳",
-		"e\u0301 \u00e9 \u212b \u00c5 ﬁ ＡＢ İıſK",
-		"שלום \u202eabc\u202c \u0627\u0644\u0639", "\ufffd", "a\u2028b\u2029c",
-		`"quoted" 'and' \back\ /slash/ \n \u0041 \ud800`, "<script>alert(1)</script> &amp; &",
-		"\u200b\u200d\ufeff", "\u0001\u0008\u001f\u007f\u0080\u009f", "\ufffe\uffff \U0010ffff \ue000",
-		"'; DROP TABLE tasks; -- @user $1 %s {} NULL null", `\`, "%00 %41 +",
-		strings.Repeat("z\u0300\u0301\u0302", 50)}
-	for _, text := range texts {
-		plain, err := json.Marshal(text)
-		if err != nil {
-			t.Fatal(err)
-		}
-		var escaped strings.Builder
-		for _, unit := range utf16.Encode([]rune(text)) {
-			fmt.Fprintf(&escaped, `\u%04x`, unit)
-		}
-		for _, literal := range []string{string(plain), `"` + escaped.String() + `"`} {
-			body := fmt.Sprintf(`{"title": %[1]s, "description": %[1]s}`, literal)
-			if a := c.do("POST", "", body); a.status != 201 {
-				t.Fatalf("create %s = %v, want 201", body, a)
-			}
-		}
-	}
-	for i, task := range c.list("?limit=100") { // two for each text, the last one first
-		want := texts[len(texts)-1-i/2]
-		if task.Title != want || task.Description == nil || *task.Description != want {
-			t.Errorf("created %q, the list has %v", want, task)
-		}
 	}
 }
 
@@ -304,7 +274,7 @@ func TestTaskIDs(t *testing.T) {
 			}
 		}
 	}
-	if got := c.list(""); !slices.EqualFunc(got, []wireTask{task}, equalTasks) {
+	if got := c.list(""); fmt.Sprint(got) != fmt.Sprint([]wireTask{task}) {
 		t.Errorf("the tasks afterwards = %v, want %v", got, task)
 	}
 }
@@ -319,18 +289,15 @@ func TestUserIDs(t *testing.T) {
 		allowed, rejected []string // spellings, next to that of url.PathEscape
 	}{
 		{"0123456789abcdefABCDEF0123456789", nil, []string{"0123456789ABCDEFABCDEF0123456789"}},
-		{"0b5c0f6e-3f53-4a4b-9a5c-0d2f3f6b8e11", nil, []string{"0b5c0f6e3f534a4b9a5c0d2f3f6b8e11"}},
 		{"1", []string{"%31"}, []string{"01", "+1", "%221%22"}},
 		{"ä@example.com", []string{"%c3%a4%40example.com", "ä@example.com"},
 			[]string{"a%CC%88@example.com", "%E4@example.com", "%C3%84@example.com"}},
 		{"a\u0308@example.com", nil, []string{"%C3%A4@example.com"}},
 		{"../x/", []string{"%2E%2E%2Fx%2f"}, []string{"x", "..%252Fx%252F"}},
 		{"a b", nil, []string{"a+b", "a%2520b", "ab", "a%C2%A0b"}},
-		{"a+b", []string{"a%2Bb"}, []string{"a%20b"}},
 		{"%41", []string{"%25%34%31"}, []string{"%41", "A"}},
 		{"a?b#c;d&e", []string{"a%3fb%23c;d&e"}, []string{"a", "a%253Fb%2523c;d&e"}},
 		{"\u200b\u202e\ufeff", nil, []string{"%E2%80%8B", ""}},
-		{"{user_id}", nil, []string{"user_id", "%7Buser_id%7D%00"}},
 		{strings.Repeat("x", 512-len(suffix)), nil, []string{strings.Repeat("x", 511-len(suffix))}},
 	} {
 		c := newClientOf(t, sharedURL, row.user+suffix)
@@ -400,7 +367,7 @@ func TestTasksOfOthersDoNotExist(t *testing.T) {
 		got := row.of.do("GET", row.query, "")
 		tasks := decode[[]wireTask](t, got.body)
 		if total := got.header.Get("X-Total-Count"); total != row.total ||
-			!slices.EqualFunc(tasks, row.want, equalTasks) {
+			fmt.Sprint(tasks) != fmt.Sprint(row.want) {
 			t.Errorf("list %s = %v, %s in all, want %v, %s", row.query, tasks, total, row.want, row.total)
 		}
 	}
@@ -436,7 +403,7 @@ func TestConcurrentChanges(t *testing.T) {
 		} else {
 			want.Description = new(fmt.Sprint(i))
 		}
-		if !got.UpdatedAt.After(last.UpdatedAt) || !equalTasks(got, want) {
+		if !got.UpdatedAt.After(last.UpdatedAt) || got.String() != want.String() {
 			t.Errorf("change %d of %v made %v", i, last, got)
 		}
 		last = got
@@ -445,17 +412,8 @@ func TestConcurrentChanges(t *testing.T) {
 
 var nextLink = regexp.MustCompile(`^(<(/api/[!-;=?-~]*)>; rel="next")?$`) // ASCII without < and >
 
-// nextPage returns the URL of the next page, "" on the last one.
-func nextPage(t testing.TB, a answer) string {
-	t.Helper()
-	match := nextLink.FindStringSubmatch(a.header.Get("Link"))
-	if match == nil {
-		t.Fatalf("Link = %q, want one URL with rel=\"next\"", a.header.Get("Link"))
-	}
-	return match[2]
-}
-
-// The pages of a list, of which each links to the next one, contain each task once, in order.
+// The pages of a list contain each task once, in order. The link to the next page has before, no
+// offset, and every other parameter of the request.
 func TestPagesShowEachTaskOnce(t *testing.T) {
 	t.Parallel()
 	testDB(t)
@@ -488,10 +446,13 @@ func TestPagesShowEachTaskOnce(t *testing.T) {
 			[]int{30, 10}, "50"},
 		{fmt.Sprintf("?before=%d&total=true", all[149]), none, []int{0}, "150"},
 		{"?before=9223372036854775807&limit=0100", all, []int{100, 50}, ""},
+		{"?x=1&limit=99&x=2&Limit=0&%3E%22%3C=%26%3D+%3B%0A&empty&%C3%BC=%FF&Before=7&offset=7" +
+			"&page=%3E%3B+rel%3D%22next&total=false", all[7:], []int{99, 44}, ""},
 		{"?offset=9223372036854775807&limit=100&total=true&completed=false", none, []int{0}, "100"},
 	} {
 		got, pages := []int64{}, []int{}
 		for next := c.path(row.query); next != "" && len(got) <= len(row.want); {
+			sent, _ := url.Parse(next)
 			a := c.send("GET", next, "")
 			if total := a.header.Get("X-Total-Count"); a.status != 200 || total != row.total {
 				t.Fatalf("%s = %v, %q in all, want 200, %q", next, a, total, row.total)
@@ -500,38 +461,25 @@ func TestPagesShowEachTaskOnce(t *testing.T) {
 			for _, task := range tasks {
 				got = append(got, task.ID)
 			}
-			pages, next = append(pages, len(tasks)), nextPage(t, a)
+			match := nextLink.FindStringSubmatch(a.header.Get("Link"))
+			if match == nil {
+				t.Fatalf("Link of %s = %q, want one URL with rel=\"next\"", sent, a.header.Get("Link"))
+			}
+			pages, next = append(pages, len(tasks)), match[2]
+			if next == "" {
+				break
+			}
+			link, err := url.Parse(next)
+			want := sent.Query()
+			want.Del("offset")
+			want.Set("before", fmt.Sprint(got[len(got)-1]))
+			if err != nil || !reflect.DeepEqual(link.Query(), want) || link.EscapedPath() != c.path("") {
+				t.Errorf("Link of %s = %q, want the path of the list with %v", sent, next, want)
+			}
 		}
 		if !slices.Equal(got, row.want) || !slices.Equal(pages, row.pages) {
 			t.Errorf("list %s = pages of %v, ids %v, want pages of %v, ids %v",
 				row.query, pages, got, row.pages, row.want)
-		}
-	}
-}
-
-// The link to the next page has before, no offset, and every other parameter of the request.
-func TestLinkKeepsParameters(t *testing.T) {
-	t.Parallel()
-	testDB(t)
-	c := newClientOf(t, sharedURL, `ü/<`+newUser())
-	ids := c.fill(7)
-	const kept = "x=1&limit=2&x=2&Limit=0&%3E%22%3C=%26%3D+%3B%0A&empty&%C3%BC=%FF&Before=7" +
-		"&page=%3E%3B+rel%3D%22next&total=false"
-	want, err := url.ParseQuery(kept)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for query, last := range map[string]int64{
-		kept: ids[1], kept + "&offset=2": ids[3], kept + fmt.Sprint("&before=", ids[1]): ids[3],
-	} {
-		a := c.do("GET", "?"+query, "")
-		link, err := url.Parse(nextPage(t, a))
-		if err != nil {
-			t.Fatalf("Link of %s = %q: %v", query, a.header.Get("Link"), err)
-		}
-		want.Set("before", fmt.Sprint(last))
-		if got := link.Query(); !reflect.DeepEqual(got, want) || link.EscapedPath() != c.path("") {
-			t.Errorf("Link of %s = %q, want the path of the list with %v", query, link, want)
 		}
 	}
 }
@@ -815,7 +763,7 @@ func TestIdempotencyKey(t *testing.T) {
 	if a := c.do("POST", "", body, name, key, name, key); a.status != 422 {
 		t.Errorf("a header line twice = %v, want 422", a)
 	}
-	if got := c.list(""); len(got) != 1 || !equalTasks(got[0], decode[wireTask](t, changed.body)) {
+	if got := c.do("GET", "", ""); got.body != "["+strings.TrimSpace(changed.body)+"]\n" {
 		t.Errorf("the tasks afterwards = %v, want %v alone", got, changed)
 	}
 
@@ -872,28 +820,19 @@ func TestIdempotencyKeyOnTwoInstances(t *testing.T) {
 func TestFingerprint(t *testing.T) {
 	t.Parallel()
 	c := newClient(t)
-	const odd = "<&>\u2028\u2029\u007f\ufffd\\\"🌍\n" // encoding/json escapes some of these
-	const literal = `"<&>\u2028\u2029\u007F\uFFFD\\\"🌍\n"`
-	for _, row := range []struct {
-		body   string
-		fields []string
-	}{
-		{`{"title": "x"}`, []string{"title", "x"}},
-		{`{"completed": false, "description": null, "title": " x", "new": 1}`, []string{"title", " x"}},
-		{`{"description": "", "title": "x"}`, []string{"title", "x", "description", ""}},
-		{`{"completed": true, "title": "x"}`, []string{"title", "x", "completed", "true"}},
-		{`{"completed": true, "description": ` + literal + `, "title": ` + literal + `}`,
-			[]string{"title", odd, "description", odd, "completed", "true"}},
+	for fields, body := range map[string]string{
+		"title\x00 x": `{"completed": false, "description": null, "title": " x", "new": 1}`,
+		"title\x00<&>\u2028\n\x00description\x00": `{"description": "", "title": "<&>\u2028\n"}`,
+		"title\x00x\x00completed\x00true":         `{"completed": true, "title": "x"}`,
 	} {
 		key := rand.Text()
-		c.do("POST", "", row.body, "Idempotency-Key", key)
+		c.do("POST", "", body, "Idempotency-Key", key)
 		got := sqlValue[[]byte](t, sharedDB.pool, `
 			SELECT request_hash
 			FROM public.tasks
 			WHERE user_id = $1 AND idempotency_key = $2`, c.user, key)
-		want := sha256.Sum256([]byte(strings.Join(row.fields, "\x00")))
-		if !slices.Equal(got, want[:]) {
-			t.Errorf("the fingerprint of %s = %x, want %x, of %q", row.body, got, want, row.fields)
+		if want := sha256.Sum256([]byte(fields)); !slices.Equal(got, want[:]) {
+			t.Errorf("the fingerprint of %s = %x, want %x, of %q", body, got, want, fields)
 		}
 	}
 }
