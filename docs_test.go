@@ -156,6 +156,9 @@ func mismatch(at string, schema object, v any) error {
 			}
 		}
 		properties, _ := schema["properties"].(object)
+		if schema["additionalProperties"] == false && len(required) != len(properties) {
+			return fmt.Errorf("%s: not every member is required", at)
+		}
 		for name, member := range v {
 			declared := resolve(properties[name])
 			if declared == nil && schema["additionalProperties"] != false {
