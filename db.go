@@ -173,9 +173,19 @@ func (c *connector) ended(err error) (first bool) {
 	return first
 }
 
-// acquire returns a connection of the pool. It waits for one until ctx is done, and tries again
-// when an attempt to connect has failed, because nothing has been sent.
+// acquire returns a connection of the pool once the schema is in place.
 func (d *database) acquire(ctx context.Context) (*pgxpool.Conn, error) {
+	select {
+	case <-d.ready:
+		return d.connect(ctx)
+	case <-ctx.Done():
+		return nil, fmt.Errorf("wait for the schema: %w", ctx.Err())
+	}
+}
+
+// connect returns a connection of the pool. It waits for one until ctx is done, and tries again
+// when an attempt to connect has failed, because nothing has been sent.
+func (d *database) connect(ctx context.Context) (*pgxpool.Conn, error) {
 	defer addSince(&entryOf(ctx).waiting, time.Now())
 	var failure error
 	for {
@@ -187,7 +197,7 @@ func (d *database) acquire(ctx context.Context) (*pgxpool.Conn, error) {
 			failure = err
 			if d.connector.ended(err) {
 				d.log.WarnContext(ctx, "cannot connect to the database: trying again",
-					"error", truncate(err.Error(), maxLogged))
+					"error", err.Error())
 			}
 		case failure != nil:
 			return nil, fmt.Errorf("%w: %w", err, failure)
@@ -214,6 +224,17 @@ func sleep(ctx context.Context, t time.Duration) bool {
 	case <-ctx.Done():
 		return false
 	}
+}
+
+// withoutClient returns a copy of a request's context that goes on when the client disconnects,
+// until the deadline or a shutdown. A statement that was sent has this context, because it may be
+// committed anyway, and pgx would close the connection. pgx's CancelRequestContextWatcherHandler
+// would keep the connection, but its cancel request can cancel the next statement.
+func (d *database) withoutClient(ctx context.Context) (context.Context, context.CancelFunc) {
+	deadline, _ := ctx.Deadline()
+	ctx, cancel := context.WithDeadline(context.WithoutCancel(ctx), deadline)
+	stop := context.AfterFunc(d.work, cancel)
+	return ctx, func() { stop(); cancel() }
 }
 
 // A retryPolicy tells whether a statement may be sent again after its connection broke. It is then
@@ -245,21 +266,22 @@ func query[T any](
 	ctx context.Context, d *database, policy retryPolicy,
 	scan pgx.RowToFunc[T], sql string, args ...any,
 ) ([]T, error) {
-	defer addSince(&entryOf(ctx).database, time.Now())
-	select {
-	case <-d.ready:
-	case <-ctx.Done():
-		return nil, fmt.Errorf("%w: wait for the schema: %w", errNotSent, ctx.Err())
-	}
+	e := entryOf(ctx)
+	defer addSince(&e.database, time.Now())
+	run, cancel := d.withoutClient(ctx)
+	defer cancel()
 	failure := errNotSent
 	var broke, readOnly, unprepared bool
 	for {
+		if e.sent {
+			ctx, failure = run, errMayHaveRun
+		}
 		conn, err := d.acquire(ctx)
 		if err != nil {
 			return nil, fmt.Errorf("%w: %w", failure, err)
 		}
-		failure = errMayHaveRun
-		rows, broken, err := tryQuery(ctx, d, conn, scan, sql, args...)
+		e.sent = true
+		rows, broken, err := tryQuery(run, d, conn, scan, sql, args...)
 		again := false
 		switch code := sqlState(err); {
 		case err == nil:
@@ -304,17 +326,10 @@ func one[T any](rows []T, err error) (row T, _ error) {
 
 // tryQuery runs a statement once and releases the connection. It reports whether the connection
 // broke.
-//
-// A statement that was sent goes on when its client disconnects, because it may be committed
-// anyway, and pgx would close the connection. pgx's CancelRequestContextWatcherHandler would keep
-// the connection, but its cancel request can cancel the next statement.
 func tryQuery[T any](
 	ctx context.Context, d *database, conn *pgxpool.Conn,
 	scan pgx.RowToFunc[T], sql string, args ...any,
 ) (rows []T, broken bool, err error) {
-	deadline, _ := ctx.Deadline()
-	run, cancel := context.WithDeadline(d.work, deadline)
-	defer cancel()
 	defer func() {
 		if conn.Conn().IsClosed() {
 			go discard(conn)
@@ -323,12 +338,12 @@ func tryQuery[T any](
 		}
 	}()
 	start := time.Now()
-	found, err := conn.Query(run, sql, args...)
+	found, err := conn.Query(ctx, sql, args...)
 	if err == nil {
 		rows, err = pgx.CollectRows(found, scan)
 	}
 	d.observe(ctx, sql, start, len(rows), err)
-	if err != nil && run.Err() != nil { // timed out or canceled, which does not mean a restart
+	if err != nil && ctx.Err() != nil { // timed out or canceled, which does not mean a restart
 		return nil, false, fmt.Errorf("%w: %w", errMayHaveRun, err)
 	}
 	return rows, conn.Conn().IsClosed(), err
@@ -473,7 +488,7 @@ func (d *database) ensureSchema(ctx context.Context) error {
 func (d *database) applySteps(ctx context.Context, deadline time.Time) error {
 	connectCtx, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
-	conn, err := d.acquire(connectCtx)
+	conn, err := d.connect(connectCtx)
 	if err != nil {
 		return fmt.Errorf("DATABASE_URL: cannot connect: %w", err)
 	}

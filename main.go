@@ -276,6 +276,7 @@ type entry struct {
 	start    time.Time     // when the request's header had been read
 	database time.Duration // spent on the database
 	waiting  time.Duration // the part of database that was spent waiting for a connection
+	sent     bool          // a statement was sent: the request goes on without its client
 	err      error         // why the request failed
 }
 
@@ -652,6 +653,13 @@ func preflight(w http.ResponseWriter, r *http.Request) {
 // headerName matches a header name (RFC 9110, section 5.6.2) of at most 64 characters.
 var headerName = regexp.MustCompile("^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}$")
 
+// A line of the log has at most one long value, and must not exceed 8 KiB in JSON, which escapes a
+// byte by up to six.
+const (
+	shortValue = 1 << 10 // bytes
+	maxValue   = 3 << 10 // bytes; truncate leaves only bytes that are escaped by two
+)
+
 // newLogger returns a logger that writes one JSON object per line, with the field names and
 // severities of Google Cloud's logs.
 func newLogger(w io.Writer, level slog.Level) *slog.Logger {
@@ -663,6 +671,9 @@ func newLogger(w io.Writer, level slog.Level) *slog.Logger {
 				a.Key = "message"
 			case slog.LevelKey:
 				a = slog.String("severity", strings.Replace(a.Value.String(), "WARN", "WARNING", 1))
+			}
+			if a.Value.Kind() == slog.KindString && len(a.Value.String()) > shortValue {
+				a.Value = slog.StringValue(truncate(a.Value.String(), maxValue))
 			}
 			return a
 		},
@@ -700,7 +711,7 @@ func (s *server) record(w *response, r *http.Request, e *entry) {
 		slog.Int64("db_wait_us", e.waiting.Microseconds()),
 	}
 	if e.err != nil {
-		attrs = append(attrs, slog.String("error", truncate(e.err.Error(), maxLogged)))
+		attrs = append(attrs, slog.String("error", e.err.Error()))
 	}
 	// The trace id is in Cloud Run's header, or in that of W3C Trace Context.
 	traces := r.Header.Get("X-Cloud-Trace-Context") + " " + r.Header.Get("Traceparent")
@@ -715,12 +726,15 @@ func (s *server) record(w *response, r *http.Request, e *entry) {
 
 var traceID = regexp.MustCompile(`\b[0-9a-fA-F]{32}\b`)
 
-const maxLogged = 4 << 10 // bytes of an error in the log
-
 // truncate returns at most the first n bytes of text, without invalid UTF-8 such as a character
-// that was cut.
+// that was cut, and without control characters but tabs and line breaks.
 func truncate(text string, n int) string {
-	return strings.ToValidUTF8(text[:min(n, len(text))], "")
+	return strings.Map(func(c rune) rune {
+		if c == utf8.RuneError || c < ' ' && c != '\t' && c != '\n' {
+			return -1
+		}
+		return c
+	}, text[:min(n, len(text))])
 }
 
 // serveMetrics writes Prometheus' text format. It reads counters of the process and runs no query.

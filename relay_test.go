@@ -202,7 +202,7 @@ func occupy(t testing.TB, d *database, n int) (release func()) {
 	}
 	t.Cleanup(release)
 	for range n {
-		conn, err := d.acquire(ctx)
+		conn, err := d.connect(ctx)
 		if err != nil {
 			t.Fatal(err)
 		}

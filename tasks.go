@@ -341,9 +341,10 @@ func (s *server) listTasks(w http.ResponseWriter, r *http.Request, key taskKey) 
 	}
 	if len(tasks) > int(p.limit) {
 		tasks = tasks[:p.limit]
-		q.Del("offset")
-		q.Set("before", strconv.FormatInt(tasks[p.limit-1].ID, 10))
-		w.Header().Set("Link", fmt.Sprintf(`<%s?%s>; rel="next"`, r.URL.EscapedPath(), q.Encode()))
+		next := r.URL.Query() // not q, which may be large, so that it is free during the statement
+		next.Del("offset")
+		next.Set("before", strconv.FormatInt(tasks[p.limit-1].ID, 10))
+		w.Header().Set("Link", fmt.Sprintf(`<%s?%s>; rel="next"`, r.URL.EscapedPath(), next.Encode()))
 	}
 	return writeJSON(w, http.StatusOK, tasks)
 }
