@@ -17,6 +17,7 @@ import (
 
 // Section 10 of the contract: the steps of schema.sql, the start, and a schema that disappears.
 
+// The lines "-- step N: title" of schema.sql count its steps.
 func TestStepsAreNumbered(t *testing.T) {
 	t.Parallel()
 	title := regexp.MustCompile(`(?m)^-- step (.*): \S`)
