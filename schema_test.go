@@ -217,9 +217,9 @@ func TestUpgradeUnderLoad(t *testing.T) {
 func TestRequestsWaitForTheStart(t *testing.T) {
 	t.Parallel()
 	u := createDatabase(t)
+	alterDatabase(t, u, `SET statement_timeout = '1s'`)
 	admin := openDB(t, u)
 	sqlExec(t, admin.pool, `CREATE TABLE public.gate ()`)
-	alterDatabase(t, u, `SET statement_timeout = '1s'`)
 	d, r := openOverRelay(t, u)
 	r.down.Store(true)
 	next := startNext(t, d, `wait for the gate
@@ -238,9 +238,9 @@ func TestRequestsWaitForTheStart(t *testing.T) {
 	eventually(t, "second attempt to connect", func() bool { return r.dials.Load() >= 2 })
 	r.heal()
 	eventually(t, "step that outlasts statement_timeout", func() bool {
-		return sqlValue[bool](t, admin.pool, `SELECT EXISTS (
+		return sqlValue[bool](t, sharedDB.pool, `SELECT EXISTS (
 			SELECT FROM pg_stat_activity
-			WHERE datname = current_database() AND application_name = $1 AND state = 'active'
+			WHERE application_name = $1 AND state = 'active'
 			  AND clock_timestamp() - query_start > '1 s')`, r.name)
 	})
 	if len(created) != 0 {
