@@ -172,6 +172,7 @@ func mismatch(at string, schema object, v any) error {
 	return nil
 }
 
+// openapi.json declares the routes of the service, and no others.
 func TestOpenAPIHasEveryRoute(t *testing.T) {
 	t.Parallel()
 	declared := slices.Sorted(maps.Keys(operations()))
@@ -301,6 +302,7 @@ func TestReadmeTranscript(t *testing.T) {
 	}
 }
 
+// The tables of README.md have every setting that the service reads, and every route.
 func TestReadmeHasEverySettingAndRoute(t *testing.T) {
 	t.Parallel()
 	source := readFile(t, "main.go") + readFile(t, "auth.go") + readFile(t, "db.go")

@@ -164,6 +164,9 @@ type client struct {
 	authorization string // "" to send none
 }
 
+// httpClient keeps the connections of many concurrent requests. The default one keeps two.
+var httpClient = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 64}}
+
 // newUser returns the id of a user that no other test has.
 func newUser() string { return "test-" + rand.Text() }
 
@@ -187,15 +190,7 @@ func newClientOf(t testing.TB, service, user string) *client {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &client{t, http.DefaultClient, service, user, "Bearer " + token}
-}
-
-// keepingConnections returns an HTTP client for many concurrent requests, which keeps its
-// connections until the test ends. The default one keeps two.
-func keepingConnections(t testing.TB) *http.Client {
-	transport := &http.Transport{MaxIdleConnsPerHost: 64}
-	t.Cleanup(transport.CloseIdleConnections)
-	return &http.Client{Transport: transport}
+	return &client{t, httpClient, service, user, "Bearer " + token}
 }
 
 // An answer is a response whose body was read.
@@ -431,7 +426,7 @@ func startProcess(t testing.TB, settings ...string) *process {
 // startProgram is startProcess for any program. The process is killed when the test ends.
 func startProgram(t testing.TB, program string, args []string, settings ...string) *process {
 	t.Helper()
-	port := freePort(t)
+	port := freePort()
 	p := &process{t: t, cmd: exec.Command(program, args...), url: "http://127.0.0.1:" + port,
 		exited: make(chan struct{})}
 	p.cmd.Env = append([]string{"TODO_APP_TEST_RUNS=main", "PORT=" + port,
@@ -458,18 +453,15 @@ var lastPort atomic.Int64
 
 // freePort returns a port on which nothing listens, and which no other test of this run gets. It is
 // below the ports of outgoing connections.
-func freePort(t testing.TB) string {
-	t.Helper()
+func freePort() string {
 	lastPort.CompareAndSwap(0, mathrand.Int64N(10_000))
-	for range 100 {
+	for {
 		port := fmt.Sprint(10_000 + lastPort.Add(1)%10_000)
 		if l, err := net.Listen("tcp", ":"+port); err == nil {
 			l.Close()
 			return port
 		}
 	}
-	t.Fatal("no free port between 10000 and 20000")
-	return ""
 }
 
 // newClient returns a client of the process with a new user, once the process is live.
@@ -502,12 +494,12 @@ func (p *process) waitHealth(route string) {
 }
 
 // wait returns the exit status, -1 if a signal ended the process.
-func (p *process) wait(limit time.Duration) int {
+func (p *process) wait() int {
 	p.t.Helper()
 	select {
 	case <-p.exited:
-	case <-time.After(limit):
-		p.t.Fatalf("the service has not exited after %v: %s", limit, p.output.String())
+	case <-time.After(20 * time.Second):
+		p.t.Fatalf("the service has not exited after 20 s: %s", p.output.String())
 	}
 	return p.cmd.ProcessState.ExitCode()
 }
