@@ -168,9 +168,9 @@ func hint(token *jwt.Token, err error) string {
 	return ""
 }
 
-// checkUser validates a user id against what the database can store. encoding/json decodes
-// malformed text to U+FFFD, which could make two ids equal. ContainsAny takes invalid UTF-8 for
-// U+FFFD too.
+// checkUser validates a user id against what the database can store. It rejects U+FFFD, which
+// encoding/json substitutes for malformed text, because two ids could become equal.
+// ContainsAny finds invalid UTF-8 as U+FFFD.
 func checkUser(id string) error {
 	if id == "" || len(id) > maxSubject || strings.ContainsAny(id, "\x00\uFFFD") {
 		return fmt.Errorf("a user id must be 1 to %d bytes of UTF-8 without U+0000 and U+FFFD",

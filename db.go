@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/multitracer"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
@@ -24,15 +25,14 @@ import (
 // A database is a pool of connections to PostgreSQL, and the schema. It connects when a statement
 // needs the first connection.
 type database struct {
-	pool       *pgxpool.Pool
-	connector  connector
-	log        *slog.Logger
-	steps      []string        // of schema.sql
-	ready      chan struct{}   // closed once the schema is in place
-	schemaGone chan error      // receives an error if the schema disappears: the process must end
-	work       context.Context // ends when a shutdown cancels the running statements
-	cancel     func()          // ends work
-	resetting  atomic.Bool     // the pool was reset within the last resetInterval
+	pool      *pgxpool.Pool
+	connector connector
+	log       *slog.Logger
+	steps     []string                // of schema.sql; the first one is step 1
+	ready     chan struct{}           // closed once the schema is in place
+	work      context.Context         // ends when running statements are canceled
+	cancel    context.CancelCauseFunc // ends work; a cause ends the process
+	resetting atomic.Bool             // for resetInterval after resetReadOnly has reset the pool
 
 	statements    atomic.Int64 // that have ended
 	statementTime atomic.Int64 // their total duration in nanoseconds
@@ -50,13 +50,10 @@ func openDatabase(databaseURL string, log *slog.Logger) (*database, error) {
 
 func newDatabase(config *pgxpool.Config, log *slog.Logger) (*database, error) {
 	d := &database{log: log, steps: schemaSteps(schema), ready: make(chan struct{}),
-		schemaGone: make(chan error, 1)}
-	d.work, d.cancel = context.WithCancel(context.Background())
+		connector: connector{log: log}}
+	d.work, d.cancel = context.WithCancelCause(context.Background())
 	config.BeforeConnect = d.connector.beforeConnect
-	config.AfterConnect = func(context.Context, *pgx.Conn) error {
-		d.connector.ended(nil)
-		return nil
-	}
+	config.ConnConfig.Tracer = &d.connector
 	// The pool closes a broken connection after a failed ping. Then the other idle connections are
 	// probably broken too, and each would cost a request another ping.
 	config.BeforeClose = func(conn *pgx.Conn) {
@@ -141,10 +138,14 @@ func secure(conn *pgx.ConnConfig) error {
 	return nil
 }
 
-// A connector limits the attempts to connect while they fail.
+// A connector limits the attempts to connect while they fail. It is a pgx.ConnectTracer, because
+// the pool does not report a failed attempt whose request has ended.
 type connector struct {
+	multitracer.Tracer // the other methods of pgx's tracers, which do nothing
+
+	log     *slog.Logger
 	mu      sync.Mutex
-	failure error     // of the last attempt to connect; nil if it succeeded
+	failure error     // of the last attempt that ended; nil if it succeeded
 	tried   time.Time // the start of the last attempt
 }
 
@@ -163,14 +164,14 @@ func (c *connector) beforeConnect(context.Context, *pgx.ConnConfig) error {
 	return nil
 }
 
-// ended records the result of an attempt. It reports whether the attempt is the first one that
-// failed since the last success.
-func (c *connector) ended(err error) (first bool) {
+// TraceConnectEnd records the result of an attempt, and logs the first failure after a success.
+func (c *connector) TraceConnectEnd(_ context.Context, data pgx.TraceConnectEndData) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	first = err != nil && c.failure == nil
-	c.failure = err
-	return first
+	if data.Err != nil && c.failure == nil {
+		c.log.Warn("cannot connect to the database: trying again", "error", data.Err.Error())
+	}
+	c.failure = data.Err
 }
 
 // acquire returns a connection of the pool once the schema is in place.
@@ -190,39 +191,28 @@ func (d *database) connect(ctx context.Context) (*pgxpool.Conn, error) {
 	var failure error
 	for {
 		conn, err := d.pool.Acquire(ctx)
-		switch {
-		case err == nil:
-			return conn, nil
-		case errors.As(err, new(*pgconn.ConnectError)):
-			failure = err
-			if d.connector.ended(err) {
-				d.log.WarnContext(ctx, "cannot connect to the database: trying again",
-					"error", err.Error())
+		if !errors.As(err, new(*pgconn.ConnectError)) {
+			if err != nil && failure != nil {
+				err = fmt.Errorf("%w: %w", err, failure)
 			}
-		case failure != nil:
-			return nil, fmt.Errorf("%w: %w", err, failure)
-		default:
-			return nil, err
+			return conn, err
 		}
+		failure = err
 		backoff(ctx)
 	}
 }
 
 const maxBackoff = 100 * time.Millisecond
 
-// backoff waits for half of maxBackoff to all of it and returns true, or returns false if ctx ended
-// first. The jitter keeps clients of the same database from trying again at the same time.
-func backoff(ctx context.Context) bool {
-	return sleep(ctx, maxBackoff/2+rand.N(maxBackoff/2))
-}
+// backoff waits for half of maxBackoff to all of it, or until ctx is done. The jitter keeps clients
+// of the same database from trying again at the same time.
+func backoff(ctx context.Context) { sleep(ctx, maxBackoff/2+rand.N(maxBackoff/2)) }
 
-// sleep waits for t and returns true, or returns false if ctx ended first.
-func sleep(ctx context.Context, t time.Duration) bool {
+// sleep waits for t, or until ctx is done.
+func sleep(ctx context.Context, t time.Duration) {
 	select {
 	case <-time.After(t):
-		return true
 	case <-ctx.Done():
-		return false
 	}
 }
 
@@ -259,9 +249,9 @@ const (
 // unavailable or did not answer: the statement may have run. Any other error is a fault of the
 // statement.
 //
-// A connection is broken if pgx has closed it. pgconn.SafeToRetry is not used, because in pgx 5.9
-// to 5.12 it is true for some statements that ran. SQLSTATE XX000 does not tell either, because
-// Neon's proxy also reports its own failures as XX000.
+// A connection is broken if pgx has closed it before the deadline. pgconn.SafeToRetry is not used,
+// because in pgx 5.9 to 5.12 it is true for some statements that ran. SQLSTATE XX000 does not tell
+// either, because Neon's proxy also reports its own failures as XX000.
 func query[T any](
 	ctx context.Context, d *database, policy retryPolicy,
 	scan pgx.RowToFunc[T], sql string, args ...any,
@@ -270,15 +260,15 @@ func query[T any](
 	defer addSince(&e.database, time.Now())
 	run, cancel := d.withoutClient(ctx)
 	defer cancel()
-	failure := errNotSent
+	unavailable := errNotSent
 	var broke, readOnly, unprepared bool
 	for {
 		if e.sent {
-			ctx, failure = run, errMayHaveRun
+			ctx, unavailable = run, errMayHaveRun
 		}
 		conn, err := d.acquire(ctx)
 		if err != nil {
-			return nil, fmt.Errorf("%w: %w", failure, err)
+			return nil, fmt.Errorf("%w: %w", unavailable, err)
 		}
 		e.sent = true
 		rows, broken, err := tryQuery(run, d, conn, scan, sql, args...)
@@ -291,7 +281,8 @@ func query[T any](
 			again = policy == retry && !broke
 			broke = true
 		case code == "40001" || code == "40P01": // serialization failure, deadlock
-			again = backoff(ctx)
+			backoff(run)
+			again = run.Err() == nil
 		case code == "0A000" || code == "26000" || code == "42P05":
 			// The type of a result has changed, or the pooler does not support prepared statements.
 			again = !unprepared
@@ -302,13 +293,13 @@ func query[T any](
 			again = !readOnly
 			readOnly = true
 		}
-		switch {
-		case again:
-		case broken || transient(err) || d.endIfSchemaGone(err):
-			return nil, fmt.Errorf("%w: %w", errMayHaveRun, err)
-		default:
-			return nil, err
+		if again {
+			continue
 		}
+		if broken || transient(err) || d.endIfSchemaGone(err) {
+			err = fmt.Errorf("%w: %w", errMayHaveRun, err)
+		}
+		return nil, err
 	}
 }
 
@@ -428,7 +419,7 @@ func (d *database) observe(
 // addSince adds the time since start to sum.
 func addSince(sum *time.Duration, start time.Time) { *sum += time.Since(start) }
 
-// schema is a list of steps.
+// schema is the text of schema.sql.
 //
 //go:embed schema.sql
 var schema string
@@ -581,10 +572,7 @@ func (d *database) endIfSchemaGone(err error) bool {
 	if !ok || pg.Where != "" || !slices.Contains([]string{"42P01", "42703", "3F000"}, pg.Code) {
 		return false
 	}
-	select {
-	case d.schemaGone <- fmt.Errorf("the schema of the database is missing or incomplete, was it "+
-		"dropped or restored? The next start applies missing steps: %w", err):
-	default: // another request has sent it
-	}
+	d.cancel(fmt.Errorf("the schema of the database is missing or incomplete, was it dropped or "+
+		"restored? The next start applies missing steps: %w", err))
 	return true
 }

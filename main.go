@@ -108,10 +108,9 @@ func printToken(user string, getenv func(string) string, stdout io.Writer) error
 		return err
 	}
 	token, err := auth.sign(user)
-	if err != nil {
-		return err
+	if err == nil {
+		_, err = fmt.Fprintln(stdout, token)
 	}
-	_, err = fmt.Fprintln(stdout, token)
 	return err
 }
 
@@ -172,7 +171,8 @@ type server struct {
 	log   *slog.Logger
 	mux   *http.ServeMux
 	slots slots
-	quiet atomic.Pointer[time.Timer] // of a shutdown; nil before it begins
+	// quiet is nil until a shutdown begins. It fires after quietTime without a new request.
+	quiet atomic.Pointer[time.Timer]
 
 	requestsMu sync.Mutex
 	requests   map[requestLabels]int // the number of requests
@@ -218,8 +218,8 @@ const (
 	maxHeaderNames = 100
 )
 
-// ServeHTTP is the whole life of a request. The handlers of routes write a response or leave an
-// error in the request's entry, never both.
+// ServeHTTP runs a request from its header to its log line. The handler of a route writes a
+// response or sets the err of the request's entry, never both.
 func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	client := r.Context() // ends when the client disconnects, or with db.work
 	e := &entry{start: time.Now(), id: r.Header.Get("X-Request-Id")}
@@ -244,15 +244,10 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	ctx, cancel := context.WithTimeout(context.WithValue(client, entryKey{}, e), requestTimeout)
 	defer cancel()
 	r = r.WithContext(ctx)
+	w.request = r
 	defer func() {
 		if v := recover(); v != nil {
 			e.err = fmt.Errorf("panic: %v\n%s", v, debug.Stack())
-		}
-		if r.Body != http.NoBody {
-			// net/http reads the rest of a body before it responds. Without a deadline that could take
-			// readTimeout. Closing the connection at once could reset it before the client has read
-			// the response.
-			http.NewResponseController(rw).SetReadDeadline(time.Now().Add(discardTimeout))
 		}
 		if e.err != nil && w.status == 0 {
 			writeError(w, e.err)
@@ -274,8 +269,8 @@ var saneID = regexp.MustCompile(`^[0-9A-Za-z._:/+=-]{1,128}$`)
 type entry struct {
 	id       string        // X-Request-Id
 	start    time.Time     // when the request's header had been read
-	database time.Duration // spent on the database
-	waiting  time.Duration // the part of database that was spent waiting for a connection
+	database time.Duration // spent in query
+	waiting  time.Duration // the part of database that was spent in connect
 	sent     bool          // a statement was sent: the request goes on without its client
 	err      error         // why the request failed
 }
@@ -293,14 +288,23 @@ func entryOf(ctx context.Context) *entry {
 // A response is a ResponseWriter that records the status and the number of bytes.
 type response struct {
 	http.ResponseWriter
-	server *server
-	status int // 0 until the header is written
-	bytes  int // of the body
+	server  *server
+	request *http.Request
+	status  int // 0 until the header is written
+	bytes   int // of the body
 }
 
-// WriteHeader asks the client to close its connection once a shutdown has begun.
+// WriteHeader limits the time that net/http takes to read the rest of the request's body, which it
+// does before it sends the header. Closing the connection instead could reset it before the client
+// has read the response.
+//
+// Once a shutdown has begun, the response asks the client to close its connection.
 // SetKeepAlivesEnabled(false) would also close idle connections, and lose requests on their way.
 func (w *response) WriteHeader(status int) {
+	if w.request.Body != http.NoBody {
+		deadline := time.Now().Add(discardTimeout)
+		http.NewResponseController(w.ResponseWriter).SetReadDeadline(deadline)
+	}
 	if w.server.quiet.Load() != nil {
 		w.Header().Set("Connection", "close")
 	}
@@ -401,7 +405,7 @@ func (s *slots) acquire(ctx context.Context, user string) (release func(), err e
 	return func() { <-u.taken; leave() }, nil
 }
 
-// methods are those in the Allow header, the log and the metrics. Any other is logged as "other".
+// methods are those that the log and the metrics name. noRoute tries each for the Allow header.
 var methods = []string{"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"}
 
 // noRoute answers requests that match no route: a preflight of a listed origin, or a 404 or 405 in
@@ -535,7 +539,7 @@ func readObject(r *http.Request) (map[string]json.RawMessage, error) {
 	case len(body) > maxBody:
 		return nil, errLargeBody
 	}
-	r.Body = http.NoBody // tells ServeHTTP that the whole body was read
+	r.Body = http.NoBody // tells WriteHeader that the whole body was read
 	if len(body) == 0 {
 		return nil, nil
 	}
@@ -556,7 +560,7 @@ func parseObject(body []byte) (map[string]json.RawMessage, error) {
 	if err := json.Unmarshal(body, &members); err != nil {
 		return nil, fmt.Errorf("%w: %w", errBadJSON, err)
 	}
-	// What remains of the escapes after all whole ones are removed is half of a surrogate pair.
+	// A backslash that remains after all whole escapes are removed begins half a surrogate pair.
 	lone := bytes.ContainsRune(wholeEscape.ReplaceAll(body, nil), '\\')
 	if members == nil || lone || !utf8.Valid(body) { // nil: the body is null
 		return nil, errBadJSON
@@ -653,12 +657,9 @@ func preflight(w http.ResponseWriter, r *http.Request) {
 // headerName matches a header name (RFC 9110, section 5.6.2) of at most 64 characters.
 var headerName = regexp.MustCompile("^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}$")
 
-// A line of the log has at most one long value, and must not exceed 8 KiB in JSON, which escapes a
-// byte by up to six.
-const (
-	shortValue = 1 << 10 // bytes
-	maxValue   = 3 << 10 // bytes; truncate leaves only bytes that are escaped by two
-)
+// maxValue limits a value in the log, because a line must not exceed 8 KiB and has one long value.
+// JSON escapes a byte by up to six bytes, after truncate by two.
+const maxValue = 3 << 10 // bytes
 
 // newLogger returns a logger that writes one JSON object per line, with the field names and
 // severities of Google Cloud's logs.
@@ -672,7 +673,7 @@ func newLogger(w io.Writer, level slog.Level) *slog.Logger {
 			case slog.LevelKey:
 				a = slog.String("severity", strings.Replace(a.Value.String(), "WARN", "WARNING", 1))
 			}
-			if a.Value.Kind() == slog.KindString && len(a.Value.String()) > shortValue {
+			if a.Value.Kind() == slog.KindString && len(a.Value.String()) > maxValue/3 {
 				a.Value = slog.StringValue(truncate(a.Value.String(), maxValue))
 			}
 			return a
@@ -808,11 +809,10 @@ func (s *server) listenAndServe(ctx context.Context) error {
 	}()
 	select {
 	case err = <-failed:
-	case err = <-s.db.schemaGone:
+		s.db.cancel(err)
+	case <-s.db.work.Done():
+		err = context.Cause(s.db.work) // the schema is gone
 	case <-ctx.Done():
-	}
-	if err != nil {
-		s.db.cancel()
 	}
 	s.log.Info("shutting down")
 	s.shutDown(public, listener)
@@ -821,15 +821,15 @@ func (s *server) listenAndServe(ctx context.Context) error {
 }
 
 const (
-	// A request is answered within headerTimeout, requestTimeout and sendTimeout of its first byte.
+	// A request is answered within headerTimeout plus requestTimeout plus sendTimeout.
 	headerTimeout = 4 * time.Second
-	sendTimeout   = time.Second // to send the response
+	sendTimeout   = time.Second
 	// readTimeout is for the header and the body. The body is read after the wait for a slot, so
 	// readTimeout is longer than headerTimeout and slotTimeout.
 	readTimeout = 10 * time.Second
 	idleTimeout = 2 * time.Minute // between two requests of a connection
 
-	maxHeader = 12 << 10 // bytes; net/http adds 4 KiB
+	maxHeader = 16<<10 - 4<<10 // bytes; net/http adds 4 KiB
 )
 
 func (s *server) newHTTPServer(h http.Handler) *http.Server {
@@ -852,7 +852,6 @@ const (
 	settleTime = 250 * time.Millisecond // to read the requests that have arrived
 
 	cancelAfter = 7 * time.Second         // from the signal until running statements are canceled
-	closeAfter  = 7500 * time.Millisecond // from the signal until connections are closed
 	exitAfter   = 8500 * time.Millisecond // from the signal until the process exits
 )
 
@@ -861,8 +860,7 @@ const (
 func (s *server) shutDown(public *http.Server, listener net.Listener) {
 	ctx, cancel := context.WithTimeout(context.Background(), exitAfter)
 	defer cancel()
-	time.AfterFunc(cancelAfter, s.db.cancel)
-	time.AfterFunc(closeAfter, func() { public.Close() })
+	time.AfterFunc(cancelAfter, func() { s.db.cancel(nil) })
 	quiet := time.NewTimer(quietTime)
 	s.quiet.Store(quiet)
 	select {

@@ -25,6 +25,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/multitracer"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
@@ -582,9 +583,13 @@ func openDB(t testing.TB, databaseURL string, changes ...func(*pgxpool.Config)) 
 	for _, change := range changes {
 		change(config)
 	}
+	tracer := config.ConnConfig.Tracer
 	d, err := newDatabase(config, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
+	}
+	if tracer != nil {
+		config.ConnConfig.Tracer = multitracer.New(config.ConnConfig.Tracer, tracer)
 	}
 	t.Cleanup(d.pool.Close)
 	return d

@@ -99,8 +99,8 @@ func readPrecondition(
 		return precondition{any: true}, nil
 	}
 	if strings.Count(text, `"`) < 2 {
-		return p, invalid("%s must be * or a list of entity-tags such as %s, in double quotes",
-			header, task{}.etag())
+		return p, invalid("%s must be * or a list of entity-tags in double quotes, such as "+
+			`"2026-01-31T09:15:02.114806Z"`, header)
 	}
 	for _, match := range ourTag.FindAllStringSubmatch(text, -1) {
 		if version, err := time.Parse(timestampFormat, match[1]); err == nil {
