@@ -296,7 +296,8 @@ func query[T any](
 		if again {
 			continue
 		}
-		if broken || transient(err) || d.endIfSchemaGone(err) {
+		unanswered := broken || run.Err() != nil
+		if unanswered || transient(err) || d.endIfSchemaGone(err) {
 			err = fmt.Errorf("%w: %w", errMayHaveRun, err)
 		}
 		return nil, err
@@ -334,10 +335,8 @@ func tryQuery[T any](
 		rows, err = pgx.CollectRows(found, scan)
 	}
 	d.observe(ctx, sql, start, len(rows), err)
-	if err != nil && ctx.Err() != nil { // timed out or canceled, which does not mean a restart
-		return nil, false, fmt.Errorf("%w: %w", errMayHaveRun, err)
-	}
-	return rows, conn.Conn().IsClosed(), err
+	// After a timeout pgx has closed the connection too, which does not mean a restart.
+	return rows, conn.Conn().IsClosed() && ctx.Err() == nil, err
 }
 
 // closeTimeout limits how long a broken connection occupies its slot in the pool.

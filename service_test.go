@@ -86,8 +86,10 @@ func testMain(m *testing.M) (status int) {
 		return 1
 	}
 	defer sharedDB.pool.Close()
-	_, err = pgx.Connect(context.Background(), withParam(databaseURL, "options=-cwork_mem%3D4MB"))
-	pooled = err != nil // only a pooler rejects options
+	conn, err := pgx.Connect(context.Background(), withParam(databaseURL, "options=-cwork_mem%3D4MB"))
+	if pooled = err != nil; !pooled { // only a pooler rejects options
+		conn.Close(context.Background())
+	}
 	set := settings{auth: sharedAuth}
 	listener := httptest.NewServer(newServer(set, sharedDB, slog.New(slog.DiscardHandler)))
 	defer listener.Close()

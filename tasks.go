@@ -66,7 +66,7 @@ func (t *timestamp) ScanTimestamptz(v pgtype.Timestamptz) error {
 
 func (t timestamp) String() string { return time.Time(t).UTC().Format(timestampFormat) }
 
-// MarshalText makes a timestamp a JSON string.
+// MarshalText makes a timestamp a JSON string, with one allocation: a list has hundreds.
 func (t timestamp) MarshalText() ([]byte, error) {
 	return time.Time(t).UTC().AppendFormat(make([]byte, 0, 32), timestampFormat), nil
 }
