@@ -758,15 +758,14 @@ const exitLimit = 9 * time.Second // of a shutdown; Cloud Run kills the process 
 // A second signal ends it at once.
 func TestSignals(t *testing.T) {
 	t.Parallel()
-	skipIfPaused := watchPauses(t)
+	paused := watchPauses(t)
 	p, impatient := startProcess(t), startProcess(t)
 	p.waitHealth("ready")
 	impatient.waitHealth("ready")
 	start := time.Now()
 	p.cmd.Process.Signal(syscall.SIGINT)
 	status, took := p.wait(), time.Since(start)
-	skipIfPaused()
-	if status != 0 || took > 2*time.Second {
+	if status != 0 || took > 2*time.Second && !paused() {
 		t.Errorf("exit status %d after %v, want 0 within 2 s: %s", status, took, p.output.String())
 	}
 	impatient.cmd.Process.Signal(syscall.SIGTERM)
@@ -780,29 +779,25 @@ func TestSignals(t *testing.T) {
 	}
 }
 
-// watchPauses returns a function that skips the rest of a test if the machine has paused: in the
-// service several timers may have expired at once.
-func watchPauses(t *testing.T) (skipIfPaused func()) {
-	var paused atomic.Bool
+// watchPauses returns a function that reports whether the machine has paused: then several timers
+// of the service may have expired at once, and its times tell nothing.
+func watchPauses(t *testing.T) (paused func() bool) {
+	var found atomic.Bool
 	go func() {
 		for last := time.Now(); t.Context().Err() == nil; last = time.Now() {
 			time.Sleep(10 * time.Millisecond)
 			if time.Since(last) > 500*time.Millisecond {
-				paused.Store(true)
+				found.Store(true)
 			}
 		}
 	}()
-	return func() {
-		if paused.Load() {
-			t.Skip("the machine has paused")
-		}
-	}
+	return found.Load
 }
 
 // A statement that still runs 7 s after the signal is canceled on the server and answered 503.
 func TestShutdownCancelsStatements(t *testing.T) {
 	t.Parallel()
-	skipIfPaused := watchPauses(t)
+	paused := watchPauses(t)
 	p := startProcess(t)
 	c := p.newClient()
 	path := c.path(c.create("locked").path())
@@ -819,8 +814,7 @@ func TestShutdownCancelsStatements(t *testing.T) {
 	p.cmd.Process.Signal(syscall.SIGTERM)
 	status, exited := p.wait(), time.Since(start)
 	<-answered
-	skipIfPaused()
-	if status != 0 || exited > exitLimit {
+	if status != 0 || exited > exitLimit && !paused() {
 		t.Errorf("exit status %d after %v, want 0 in 9 s: %s", status, exited, p.output.String())
 	}
 	if a.status != 503 || took < 7*time.Second {
@@ -833,7 +827,7 @@ func TestShutdownCancelsStatements(t *testing.T) {
 // stops does not delay the exit.
 func TestShutdownLosesNoRequest(t *testing.T) {
 	t.Parallel()
-	skipIfPaused := watchPauses(t)
+	paused := watchPauses(t)
 	p := startProcess(t, "LOG_LEVEL=warn")
 	c, endless := p.newClient(), p.newClient()
 	var created, lost atomic.Int64
@@ -861,8 +855,7 @@ func TestShutdownLosesNoRequest(t *testing.T) {
 	status, took := p.wait(), time.Since(start)
 	<-router
 	<-rest
-	skipIfPaused()
-	if status != 0 || took > exitLimit || lost.Load() > 0 {
+	if status != 0 || (took > exitLimit || lost.Load() > 0) && !paused() {
 		t.Errorf("exit status %d after %v, %d creates are lost, want 0 in 9 s and none: %s", status,
 			took, lost.Load(), p.output.String())
 	}
